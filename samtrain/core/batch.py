@@ -1,0 +1,191 @@
+"""The contract between data, model and engine: a packed batch of multi-image samples.
+
+Legend: T tokens in the pack, S samples in the pack, I images in the pack, N images of one sample,
+Q query tokens per image, Tq Q-Former text tokens (padded on the right), H, W pixels.
+
+A pack holds whole samples one after another. `cu_seqlens` marks their token borders, `cu_images` their
+image borders: sample s owns tokens cu_seqlens[s]:cu_seqlens[s+1] and images cu_images[s]:cu_images[s+1].
+Labels are aligned with the inputs (Hugging Face convention: the model shifts); the first token of every
+sample carries IGNORE_INDEX, so shifting never crosses a border.
+"""
+
+from dataclasses import dataclass, field, fields, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from samtrain.core.errors import BatchError
+
+IGNORE_INDEX = -100
+
+
+@dataclass(frozen=True)
+class ImageGroups:
+    """Who shares an instruction with whom, as index tables built on the host (launch tables of the kernels).
+
+    group_of_image: [I] int64, the sample an image belongs to.
+    slot_of_image:  [I] int64, its place 0..N-1 within the sample.
+    images_of_group: [S, Nmax] int64, the images of each sample; 0 where `valid` is False.
+    valid:          [S, Nmax] bool.
+    """
+
+    group_of_image: Tensor
+    slot_of_image: Tensor
+    images_of_group: Tensor
+    valid: Tensor
+
+    @staticmethod
+    def from_counts(counts: list[int]) -> "ImageGroups":
+        """Tables for samples with `counts[s]` images each (0 is allowed), on the CPU."""
+        num_groups, largest = len(counts), max([1, *counts])
+        n = torch.tensor(counts, dtype=torch.int64)
+        starts = torch.cumsum(n, 0) - n
+        slots = torch.arange(largest)
+        valid = slots[None, :] < n[:, None]
+        images = torch.where(valid, starts[:, None] + slots[None, :], 0)
+        group_of_image = torch.repeat_interleave(torch.arange(num_groups), n)
+        slot_of_image = torch.arange(int(n.sum())) - starts[group_of_image]
+        return ImageGroups(group_of_image, slot_of_image, images, valid)
+
+    def to(self, device: torch.device | str, *, non_blocking: bool = False) -> "ImageGroups":
+        return ImageGroups(
+            *(getattr(self, f.name).to(device, non_blocking=non_blocking) for f in fields(self))
+        )
+
+    def pin_memory(self) -> "ImageGroups":
+        return ImageGroups(*(getattr(self, f.name).pin_memory() for f in fields(self)))
+
+
+@dataclass(frozen=True)
+class PackedBatch:
+    """One micro-batch of one rank: whole samples, isolated from each other.
+
+    input_ids, labels, position_ids: [T] int64 (position_ids restart at 0 with every sample).
+    cu_seqlens, cu_images: [S+1] int32, on the host's side equal to the device's.
+    pixel_values: [I, 3, H, W] float32, normalised; I may be 0 (the model then adds its zero-weighted dummy).
+    qformer_input_ids, qformer_attention_mask: [S, Tq] int64.
+    image_groups: the index tables of the I images.
+    image_token_id, num_query_tokens: how image spans are written in input_ids.
+    keys: the S sample keys, in pack order. An empty pack (see `is_empty`) has none.
+    num_label_tokens: number of labels that count in the loss.
+    """
+
+    input_ids: Tensor
+    labels: Tensor
+    position_ids: Tensor
+    cu_seqlens: Tensor
+    cu_images: Tensor
+    pixel_values: Tensor
+    qformer_input_ids: Tensor
+    qformer_attention_mask: Tensor
+    image_groups: ImageGroups
+    image_token_id: int
+    num_query_tokens: int
+    keys: tuple[str, ...]
+    num_label_tokens: int
+
+    @property
+    def is_empty(self) -> bool:
+        """True for the filler a rank runs when a step has fewer packs than ranks: one token, no label, no image."""
+        return not self.keys
+
+    @property
+    def num_images(self) -> int:
+        return self.pixel_values.shape[0]
+
+    @property
+    def num_tokens(self) -> int:
+        return self.input_ids.shape[0]
+
+    def to(self, device: torch.device | str, *, non_blocking: bool = False) -> "PackedBatch":
+        return self._map(lambda x: x.to(device, non_blocking=non_blocking))
+
+    def pin_memory(self) -> "PackedBatch":
+        return self._map(lambda x: x.pin_memory())
+
+    def _map(self, function: Any) -> "PackedBatch":
+        changed = {
+            f.name: function(value)
+            for f in fields(self)
+            if isinstance(value := getattr(self, f.name), (Tensor, ImageGroups))
+        }
+        return replace(self, **changed)
+
+    def model_inputs(self) -> dict[str, Any]:
+        """Keyword arguments of `SamMllmForConditionalGeneration.forward` for a packed batch."""
+        return {
+            "input_ids": self.input_ids,
+            "labels": self.labels,
+            "position_ids": self.position_ids,
+            "cu_seqlens": self.cu_seqlens,
+            "pixel_values": self.pixel_values,
+            "image_groups": self.image_groups,
+            "qformer_input_ids": self.qformer_input_ids,
+            "qformer_attention_mask": self.qformer_attention_mask,
+        }
+
+    def validate(self) -> "PackedBatch":
+        """Check every promise of this class on the host, once, where the batch is made.
+
+        Raises:
+            BatchError: naming the sample's key and both counts that disagree.
+        """
+        num_tokens, num_samples = self.num_tokens, len(self.cu_seqlens) - 1
+        who = ", ".join(self.keys) or "(empty pack)"
+        for name in ("labels", "position_ids"):
+            if getattr(self, name).shape != (num_tokens,):
+                raise BatchError(f"{who}: {name} has shape {tuple(getattr(self, name).shape)}, input_ids ({num_tokens},)")
+        if not self.is_empty and len(self.keys) != num_samples:
+            raise BatchError(f"{who}: {len(self.keys)} keys but {num_samples} samples in cu_seqlens")
+        if len(self.cu_images) != num_samples + 1:
+            raise BatchError(f"{who}: cu_images holds {len(self.cu_images) - 1} samples, cu_seqlens {num_samples}")
+        if self.qformer_input_ids.shape[0] != num_samples:
+            raise BatchError(f"{who}: {self.qformer_input_ids.shape[0]} Q-Former texts for {num_samples} samples")
+        if self.qformer_input_ids.shape != self.qformer_attention_mask.shape:
+            raise BatchError(f"{who}: qformer_attention_mask and qformer_input_ids differ in shape")
+        token_borders, image_borders = self.cu_seqlens.tolist(), self.cu_images.tolist()
+        if token_borders[0] != 0 or token_borders[-1] != num_tokens:
+            raise BatchError(f"{who}: cu_seqlens ends at {token_borders[-1]}, the pack has {num_tokens} tokens")
+        if image_borders[0] != 0 or image_borders[-1] != self.num_images:
+            raise BatchError(f"{who}: cu_images ends at {image_borders[-1]}, the pack has {self.num_images} images")
+        is_image = (self.input_ids == self.image_token_id).tolist()
+        for s in range(num_samples):
+            key = self.keys[s] if self.keys else "(empty pack)"
+            start, stop = token_borders[s], token_borders[s + 1]
+            if stop <= start:
+                raise BatchError(f"{key}: has no tokens")
+            found = sum(is_image[start:stop])
+            expected = (image_borders[s + 1] - image_borders[s]) * self.num_query_tokens
+            if found != expected:
+                raise BatchError(
+                    f"{key}: {found} image tokens in the text but {expected} expected "
+                    f"({image_borders[s + 1] - image_borders[s]} images x {self.num_query_tokens} query tokens)"
+                )
+            if int(self.labels[start]) != IGNORE_INDEX:
+                raise BatchError(f"{key}: its first token carries a label; shifting would cross the sample's border")
+        counted = int((self.labels != IGNORE_INDEX).sum())
+        if counted != self.num_label_tokens:
+            raise BatchError(f"{who}: {counted} labels count in the loss but num_label_tokens is {self.num_label_tokens}")
+        counts = [b - a for a, b in zip(image_borders, image_borders[1:])]
+        expected_groups = ImageGroups.from_counts(counts)
+        for f in fields(ImageGroups):
+            if not torch.equal(getattr(self.image_groups, f.name), getattr(expected_groups, f.name)):
+                raise BatchError(f"{who}: image_groups.{f.name} does not agree with cu_images {image_borders}")
+        return self
+
+
+@dataclass(frozen=True)
+class GlobalStep:
+    """One rank's share of one optimizer step.
+
+    micro_batches: as many on every rank (fillers where packs ran out), so that all ranks make the same calls.
+    cursor: JSON-able state of the data order *after* this step; what a checkpoint of this step stores.
+    keys: the keys of the whole step over all ranks, in order.
+    skipped: key -> reason, of the samples of this step that this rank could not use.
+    """
+
+    micro_batches: tuple[PackedBatch, ...]
+    cursor: dict[str, Any]
+    keys: tuple[str, ...] = ()
+    skipped: dict[str, str] = field(default_factory=dict)
