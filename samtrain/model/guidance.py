@@ -1,0 +1,149 @@
+"""Bidirectional semantic guidance: the two-stream Q-Former of SAM (arXiv 2408.12867, section 3; method.md section 1).
+
+The Q stream extracts visual tokens from each image. The W stream (the paper's W-Former) is a second pass of the SAME
+layers over contextual features C_i, a patch-wise mix of the other images of the sample. They meet at two layers:
+
+    q, w = x0, x0
+    for t in 1..L:
+        if t == l: w = w + A(q)        # initial visual tokens steer what the W-Former reads
+        w_next = layer_t(w, kv=C_i)
+        if t == k: q = q + B(w_next)   # contextual semantics guide the extraction
+        q = layer_t(q, kv=F_i)
+        w = w_next                     # never read after k: skipped
+
+A and B start at zero, so before training the result is InstructBLIP's. All images of a batch go through in one call:
+there is no loop over images or samples.
+
+Legend: I images, S samples, N most images of a sample, P patches, C width of the vision features, D width of the
+Q-Former, Q query tokens, Tq text tokens, R rows of the W stream (I, or S while all images of a sample share it).
+"""
+
+import torch
+from samtrain_kernels import image_mix_weights, mix_images
+from torch import Tensor, nn
+
+from samtrain.core.batch import ImageGroups
+from samtrain.core.errors import BatchError
+from samtrain.model.configuration import SamMllmConfig
+
+
+class Guidance(nn.Module):
+    """The parameters of guidance: A, B, the adaptive adjustment, and (ours, not the paper's) the order embedding.
+
+    With the paper's widths (D 768, C 1408): 1,182,593 parameters.
+    """
+
+    def __init__(self, config: SamMllmConfig) -> None:
+        super().__init__()
+        width, feature_width = config.qformer_config.hidden_size, config.qformer_config.encoder_hidden_size
+        self.context = config.guidance_context
+        self.max_images = config.max_images
+        self.initial_projection = nn.Linear(width, width)  # A
+        self.context_projection = nn.Linear(width, width)  # B
+        self.patch_score = nn.Linear(feature_width, 1)  # adaptive adjustment; softmax makes its bias' gradient zero
+        # Behind a module call, so that ZeRO-3 gathers it.
+        self.order_embedding = nn.Embedding(config.max_images, feature_width) if config.order_embedding else None
+
+    def contextual_features(self, features: Tensor, groups: ImageGroups) -> Tensor:
+        """C: [I, P, C] (`others`) or, one for each sample, [S, P, C] (`all`), from the features F [I, P, C].
+
+        Raises:
+            BatchError: a sample has more images than the order embedding has rows.
+        """
+        if self.order_embedding is not None:
+            if groups.valid.shape[1] > self.max_images:
+                raise BatchError(
+                    f"a sample has {groups.valid.shape[1]} images, the order embedding {self.max_images} rows; "
+                    "raise model.guidance.max_images"
+                )
+            features = features + self.order_embedding(groups.slot_of_image)[:, None, :]
+        tables = {
+            "group_of_image": groups.group_of_image,
+            "slot_of_image": groups.slot_of_image,
+            "images_of_group": groups.images_of_group,
+            "context": self.context,
+        }
+        scores = self.patch_score(features)[..., 0]  # [I, P]
+        weights = image_mix_weights(scores, valid=groups.valid, **tables)
+        return mix_images(features, weights, **tables)
+
+
+def extract_visual_tokens(
+    qformer: nn.Module,
+    guidance: Guidance | None,
+    *,
+    config: SamMllmConfig,
+    query_tokens: Tensor,
+    features: Tensor,
+    groups: ImageGroups,
+    input_ids: Tensor,
+    attention_mask: Tensor,
+) -> Tensor:
+    """Query outputs of every image, guided by the other images of its sample (`guidance=None`: each image alone).
+
+    Which layers are called, and how often, depends on the configuration and on what trains, never on the batch: under
+    ZeRO-3 every rank must make the same calls.
+
+    Args:
+        qformer: an `InstructBlipQFormerModel`; its embeddings and layers are called directly.
+        query_tokens: [1, Q, D]. features: F, [I, P, C], I >= 1.
+        input_ids, attention_mask: [S, Tq] int64, the instruction; Tq >= 1.
+
+    Returns:
+        [I, Q, D].
+    """
+    num_queries, of_image = query_tokens.shape[1], groups.group_of_image
+    start = qformer.embeddings(
+        input_ids=input_ids, query_embeds=query_tokens.expand(input_ids.shape[0], -1, -1)
+    )  # [S, Q+Tq, D]
+    mask = _additive_mask(attention_mask, num_queries, dtype=start.dtype)  # [S, 1, 1, Q+Tq]
+    q, q_mask = start[of_image], mask[of_image]
+    layers = qformer.encoder.layer
+    if guidance is None:
+        for layer in layers:
+            q = layer(q, q_mask, features, query_length=num_queries)
+        return q[:, :num_queries]
+
+    context = guidance.contextual_features(features, groups)  # [R, P, C]
+    # With `all`, C is the same for every image of a sample, and so is the W stream until A steers it at layer l.
+    is_shared = guidance.context == "all"
+    w, w_mask = (start, mask) if is_shared else (q, q_mask)
+    has_context = _has_context(groups, guidance.context)
+    # One call per layer for both streams, unless only one of them needs a backward pass: a frozen Q-Former without
+    # anything trainable below it gives a Q stream that autograd does not record before layer k.
+    q_records = torch.is_grad_enabled() and (q.requires_grad or features.requires_grad or _trains(qformer))
+    w_records = torch.is_grad_enabled() and (q_records or context.requires_grad or _trains(guidance))
+    is_joint = q_records == w_records
+    joint_features = torch.cat([features, context]) if is_joint else None
+    for t, layer in enumerate(layers, start=1):
+        if t == config.initial_layer:
+            if is_shared:
+                w, w_mask, context = w[of_image], q_mask, context[of_image]
+                joint_features = torch.cat([features, context]) if is_joint else None
+            w = w + guidance.initial_projection(q)
+        if t < config.contextual_layer and is_joint:
+            both = layer(torch.cat([q, w]), torch.cat([q_mask, w_mask]), joint_features, query_length=num_queries)
+            q, w = both.split([q.shape[0], w.shape[0]])
+            continue
+        if t <= config.contextual_layer:
+            w = layer(w, w_mask, context, query_length=num_queries)
+        if t == config.contextual_layer:
+            q = q + guidance.context_projection(w).masked_fill(~has_context, 0.0)
+        q = layer(q, q_mask, features, query_length=num_queries)
+    return q[:, :num_queries]
+
+
+def _has_context(groups: ImageGroups, context: str) -> Tensor:
+    """[I, 1, 1] bool: False for the only image of a sample with `others`, where guidance is off."""
+    enough = 2 if context == "others" else 1
+    return (groups.valid.sum(1) >= enough)[groups.group_of_image][:, None, None]
+
+
+def _additive_mask(attention_mask: Tensor, num_queries: int, *, dtype: torch.dtype) -> Tensor:
+    """[S, 1, 1, Q+Tq], 0 where a position may be read and the lowest finite number where it may not."""
+    visible = torch.nn.functional.pad(attention_mask.bool(), (num_queries, 0), value=True)
+    return torch.zeros_like(visible, dtype=dtype).masked_fill(~visible, torch.finfo(dtype).min)[:, None, None, :]
+
+
+def _trains(module: nn.Module) -> bool:
+    return any(p.requires_grad for p in module.parameters())

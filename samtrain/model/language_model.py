@@ -1,0 +1,93 @@
+"""Calls of the language model: packed samples stay isolated, logits exist only where a label needs them.
+
+Legend: B rows, T tokens, S samples of a pack, L labels that count, V vocabulary.
+
+Logits go through the model's own forward (`logits_to_keep`), so that ZeRO-3 gathers lm_head by its hooks and models
+that scale or cap their logits stay right.
+"""
+
+import inspect
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from samtrain.core.batch import IGNORE_INDEX
+from samtrain.core.errors import ConfigError
+
+
+def check_language_model(language_model: nn.Module) -> None:
+    """Raise ConfigError, naming the class, where the model lacks what packing needs."""
+    name = type(language_model).__name__
+    accepted = inspect.signature(language_model.forward).parameters
+    for needed in ("inputs_embeds", "position_ids", "logits_to_keep"):
+        if needed not in accepted:
+            raise ConfigError(
+                f"{name} takes no `{needed}`, so samples cannot be packed; use a decoder-only model with position ids, "
+                "such as Llama, Qwen, OPT or GPT-2"
+            )
+
+
+def packed_attention(
+    cu_seqlens: Tensor, *, num_tokens: int, dtype: torch.dtype, attn_implementation: str
+) -> dict[str, Any]:
+    """Keyword arguments that keep every sample of a pack to itself, causal within.
+
+    eager, sdpa: an explicit block-diagonal mask. transformers' own detection by position_ids is not relied upon: with
+    an all-ones mask or a cache it leaks across samples silently.
+    flash_attention_2: its variable-length arguments (never run in this project's tests: they have no GPU).
+
+    Args:
+        cu_seqlens: [S+1] int32 on the model's device.
+    """
+    if attn_implementation == "flash_attention_2":
+        cu_seqlens = cu_seqlens.to(torch.int32)
+        longest = int((cu_seqlens[1:] - cu_seqlens[:-1]).max())  # waits for the device; its kernel wants a number
+        return {
+            "attention_mask": None,
+            "cu_seq_lens_q": cu_seqlens,
+            "cu_seq_lens_k": cu_seqlens,
+            "max_length_q": longest,
+            "max_length_k": longest,
+        }
+    position = torch.arange(num_tokens, device=cu_seqlens.device)
+    sample = torch.searchsorted(cu_seqlens[1:].long(), position, right=True)  # [T]
+    visible = (sample[:, None] == sample) & (position[:, None] >= position)
+    mask = torch.zeros(num_tokens, num_tokens, dtype=dtype, device=visible.device)
+    return {"attention_mask": mask.masked_fill_(~visible, torch.finfo(dtype).min)[None, None]}
+
+
+def packed_positions(cu_seqlens: Tensor, num_tokens: int) -> Tensor:
+    """[T] int64: positions that start again at 0 with every sample."""
+    position = torch.arange(num_tokens, device=cu_seqlens.device)
+    return position - cu_seqlens.long()[torch.searchsorted(cu_seqlens[1:].long(), position, right=True)]
+
+
+def padded_positions(attention_mask: Tensor) -> Tensor:
+    """[B, T] int64: positions that count the visible tokens of a row; padding gets 0."""
+    return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
+
+
+def label_targets(labels: Tensor) -> tuple[Tensor, Tensor]:
+    """What to predict, and where.
+
+    Args:
+        labels: [B, T], aligned with the inputs (B = 1 for a pack).
+
+    Returns:
+        columns: [C] int64, the positions whose *next* label counts in some row; at least one, so that lm_head is called
+            on every rank. targets: [B, C], the labels to predict there (IGNORE_INDEX where a row has none).
+    """
+    following = torch.nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX)
+    columns = (following != IGNORE_INDEX).any(0).nonzero()[:, 0]  # waits for the device: call before the heavy work
+    if columns.numel() == 0:
+        columns = torch.zeros(1, dtype=torch.int64, device=labels.device)
+    return columns, following[:, columns]
+
+
+def summed_loss(logits: Tensor, targets: Tensor) -> Tensor:
+    """Next-token cross-entropy, float32 (or wider) sum over the targets that count; 0.0, connected, where none does."""
+    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return torch.nn.functional.cross_entropy(
+        wide.flatten(0, 1), targets.flatten(), ignore_index=IGNORE_INDEX, reduction="sum"
+    )

@@ -1,0 +1,301 @@
+"""SAM multi-image model: vision tower -> two-stream Q-Former -> projection -> language model.
+
+Everything that reads parameters runs inside the root module's forward (generation's prefix too): under ZeRO-3
+parameters are empty elsewhere. Parameter names are those of transformers' InstructBlipForConditionalGeneration, plus
+`guidance.*`, so its checkpoints load by name.
+
+Legend: T tokens (packed [T] or padded [B, T]), S samples (the rows, when padded), I images, P patches, C width of the
+vision features, Q query tokens, D width of the Q-Former, E width of the language model, Tq Q-Former text tokens.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, InstructBlipQFormerModel, PreTrainedModel
+from transformers.utils import ModelOutput
+
+from samtrain.core.batch import IGNORE_INDEX, ImageGroups
+from samtrain.core.errors import BatchError
+from samtrain.model.configuration import SamMllmConfig
+from samtrain.model.freezing import keep_frozen_parts_in_eval
+from samtrain.model.guidance import Guidance, extract_visual_tokens
+from samtrain.model.language_model import (
+    check_language_model,
+    label_targets,
+    packed_attention,
+    packed_positions,
+    padded_positions,
+    summed_loss,
+)
+from samtrain.model.vision import build_vision_model, patch_features
+
+
+@dataclass
+class SamMllmOutput(ModelOutput):
+    """What forward returns.
+
+    loss: mean over the label tokens of this call. loss_sum: its sum, 0-d float32, connected to every trainable
+    parameter. num_label_tokens: 0-d int64. logits: [B, T, V] (B = 1 for a pack) where asked for.
+    query_outputs: [I, Q, D]. inputs_embeds: [B, T, E], image spans filled in.
+    """
+
+    loss: Tensor | None = None
+    loss_sum: Tensor | None = None
+    num_label_tokens: Tensor | None = None
+    logits: Tensor | None = None
+    query_outputs: Tensor | None = None
+    inputs_embeds: Tensor | None = None
+
+
+class SamMllmForConditionalGeneration(PreTrainedModel):
+    """Several images and a text in, text out; images of a sample guide each other's extraction."""
+
+    config_class = SamMllmConfig
+    base_model_prefix = ""
+    main_input_name = "pixel_values"
+    input_modalities = ("image", "text")
+    supports_gradient_checkpointing = True
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_attention_backend = True
+
+    def __init__(self, config: SamMllmConfig) -> None:
+        super().__init__(config)
+        if config.qformer_config._attn_implementation == "flash_attention_2":
+            # The Q-Former's text is masked and its sequences are short: sdpa, with the additive mask of guidance.py.
+            config.qformer_config._attn_implementation = "sdpa"
+        self.vision_model = build_vision_model(config.vision_config)
+        self.query_tokens = nn.Parameter(torch.zeros(1, config.num_query_tokens, config.qformer_config.hidden_size))
+        self.qformer = InstructBlipQFormerModel._from_config(config.qformer_config)
+        self.guidance = Guidance(config) if config.guidance_mode == "bidirectional" else None
+        self.language_projection = nn.Linear(config.qformer_config.hidden_size, config.text_config.hidden_size)
+        self.language_model = AutoModelForCausalLM.from_config(config.text_config)
+        check_language_model(self.language_model)
+        self.post_init()
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, Guidance):
+            # Zero-init: before training the model is InstructBLIP's equal (method.md, section 1).
+            zero = [module.initial_projection, module.context_projection, module.order_embedding]
+            for parameter in (p for m in zero if m is not None for p in m.parameters()):
+                _fill(parameter, lambda p: p.zero_())
+        elif isinstance(module, SamMllmForConditionalGeneration):
+            _fill(module.query_tokens, lambda p: p.normal_(std=self.config.initializer_range))
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.language_model.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.language_model.set_input_embeddings(value)
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.language_model.get_output_embeddings()
+
+    def set_output_embeddings(self, value: nn.Module) -> None:
+        self.language_model.set_output_embeddings(value)
+
+    def train(self, mode: bool = True) -> "SamMllmForConditionalGeneration":
+        """Train mode for the parts that train; frozen parts stay in eval, so that their dropout never acts."""
+        super().train(mode)
+        keep_frozen_parts_in_eval(self)
+        return self
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        labels: Tensor | None = None,
+        pixel_values: Tensor | None = None,
+        image_groups: ImageGroups | None = None,
+        qformer_input_ids: Tensor | None = None,
+        qformer_attention_mask: Tensor | None = None,
+        return_logits: bool | None = None,
+        embeddings_only: bool = False,
+    ) -> SamMllmOutput:
+        """One call for all samples of a batch.
+
+        Args:
+            input_ids: packed [T] with cu_seqlens [S+1], or padded [B, T] with attention_mask [B, T] (default: ones).
+                Every image has num_query_tokens places of image_token_id, in the order of pixel_values.
+            position_ids: [T] or [B, T]; default: from cu_seqlens or attention_mask.
+            labels: like input_ids, aligned with them; IGNORE_INDEX does not count.
+            pixel_values: [I, 3, H, W]; I = 0 (or None) runs a dummy image that touches nothing.
+            image_groups: which image belongs to which sample (or row); required where there are images.
+            qformer_input_ids, qformer_attention_mask: [S, Tq], the instruction for the Q-Former.
+            return_logits: default: only without labels. embeddings_only: stop before the language model.
+
+        Raises:
+            BatchError: padded rows whose image tokens do not fit their images, naming the row and both counts. (A pack
+                is checked on the host where it is made, by `PackedBatch.validate`.)
+        """
+        is_packed = input_ids.ndim == 1
+        if is_packed and cu_seqlens is None:
+            raise BatchError("packed input_ids [T] need cu_seqlens [S+1]; padded ones have two dimensions [B, T]")
+        columns, targets = (None, None) if labels is None else label_targets(_rows(labels))
+        input_ids = _rows(input_ids)
+        num_samples = input_ids.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+        groups, pixel_values, qformer_input_ids, qformer_attention_mask = self._vision_inputs(
+            num_samples, pixel_values, image_groups, qformer_input_ids, qformer_attention_mask
+        )
+        if not is_packed:
+            self._check_image_tokens(input_ids, groups)
+        query_outputs = self.encode_images(pixel_values, groups, qformer_input_ids, qformer_attention_mask)
+        inputs_embeds = self._embed(input_ids, self.language_projection(query_outputs))
+        output = SamMllmOutput(query_outputs=query_outputs, inputs_embeds=inputs_embeds)
+        if embeddings_only:
+            return output
+
+        attention = self._attention(input_ids, inputs_embeds.dtype, attention_mask, cu_seqlens)
+        if position_ids is None:
+            if cu_seqlens is not None:
+                position_ids = packed_positions(cu_seqlens, input_ids.shape[1])
+            else:
+                position_ids = padded_positions(_mask_or_ones(attention_mask, input_ids))
+        if return_logits is None:
+            return_logits = labels is None
+        logits = self.language_model(
+            inputs_embeds=inputs_embeds,
+            position_ids=_rows(position_ids),
+            use_cache=False,
+            logits_to_keep=0 if return_logits else columns,
+            **attention,
+        ).logits
+        if return_logits:
+            output.logits = logits
+        if columns is not None and targets is not None:
+            output.loss_sum = summed_loss(logits[:, columns] if return_logits else logits, targets)
+            output.num_label_tokens = (targets != IGNORE_INDEX).sum()
+            output.loss = output.loss_sum / output.num_label_tokens.clamp(min=1)
+        return output
+
+    def encode_images(
+        self, pixel_values: Tensor, groups: ImageGroups, qformer_input_ids: Tensor, qformer_attention_mask: Tensor
+    ) -> Tensor:
+        """Query outputs [I, Q, D] of images [I, 3, H, W], I >= 1: one call of the tower, one of the two-stream Q-Former.
+
+        Nothing is recorded for the backward pass below the first trainable parameter.
+        """
+        features = patch_features(self.vision_model, pixel_values)
+        return extract_visual_tokens(
+            self.qformer,
+            self.guidance,
+            config=self.config,
+            query_tokens=self.query_tokens,
+            features=features,
+            groups=groups,
+            input_ids=qformer_input_ids,
+            attention_mask=qformer_attention_mask,
+        )
+
+    @torch.no_grad()
+    def generate(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        pixel_values: Tensor | None = None,
+        image_groups: ImageGroups | None = None,
+        qformer_input_ids: Tensor | None = None,
+        qformer_attention_mask: Tensor | None = None,
+        **generation: Any,
+    ) -> Tensor:
+        """New token ids [B, new] of a left-padded batch of prompts; keyword arguments are transformers' own."""
+        prefix = self(
+            input_ids,
+            attention_mask=attention_mask,
+            pixel_values=pixel_values,
+            image_groups=image_groups,
+            qformer_input_ids=qformer_input_ids,
+            qformer_attention_mask=qformer_attention_mask,
+            embeddings_only=True,
+        )
+        for name in ("eos_token_id", "pad_token_id"):
+            if getattr(self.config, name) is not None:
+                generation.setdefault(name, getattr(self.config, name))
+        return self.language_model.generate(
+            inputs_embeds=prefix.inputs_embeds, attention_mask=_mask_or_ones(attention_mask, input_ids), **generation
+        )
+
+    def _vision_inputs(
+        self,
+        num_samples: int,
+        pixel_values: Tensor | None,
+        groups: ImageGroups | None,
+        text_ids: Tensor | None,
+        text_mask: Tensor | None,
+    ) -> tuple[ImageGroups, Tensor, Tensor, Tensor]:
+        """Images and texts for the Q-Former; where there are none, a dummy image of the first sample.
+
+        The dummy's features reach no place of the text, so they add nothing, but every rank makes the same calls and
+        every trainable parameter gets its (zero) gradient.
+        """
+        device = self.query_tokens.device
+        if pixel_values is None or pixel_values.shape[0] == 0:
+            size = getattr(self.config.vision_config, "image_size", None) or 224
+            shape = (1, 3, *(size if isinstance(size, list | tuple) else (size, size)))
+            pixel_values = torch.zeros(shape, device=device)
+            groups = ImageGroups.from_counts([1] + [0] * (num_samples - 1))
+        elif groups is None:
+            raise BatchError(f"{pixel_values.shape[0]} images without image_groups: which sample has which images?")
+        if text_ids is None or text_ids.shape[1] == 0:
+            # One hidden token: without any, the Q-Former would skip its text layers, and other ranks would wait there.
+            text_ids = torch.zeros(num_samples, 1, dtype=torch.int64, device=device)
+            text_mask = torch.zeros_like(text_ids)
+        elif text_mask is None:
+            text_mask = torch.ones_like(text_ids)
+        if text_ids.shape[0] != num_samples or groups.valid.shape[0] != num_samples:
+            raise BatchError(
+                f"{num_samples} samples, but {text_ids.shape[0]} Q-Former texts and {groups.valid.shape[0]} image groups"
+            )
+        return groups.to(device), pixel_values, text_ids, text_mask
+
+    def _check_image_tokens(self, input_ids: Tensor, groups: ImageGroups) -> None:
+        found = (input_ids == self.config.image_token_id).sum(1).tolist()
+        images = groups.valid.sum(1).tolist()
+        num_queries = self.config.num_query_tokens
+        for row, (tokens, count) in enumerate(zip(found, images)):
+            # The dummy image of a batch without images has no places.
+            if tokens != count * num_queries and not (tokens == 0 and sum(found) == 0 and sum(images) == 1):
+                raise BatchError(
+                    f"row {row}: {tokens} image tokens but {count} images x {num_queries} query tokens = "
+                    f"{count * num_queries}"
+                )
+
+    def _embed(self, input_ids: Tensor, visual_tokens: Tensor) -> Tensor:
+        """[B, T, E]: text embeddings, image places filled with visual tokens [I, Q, E] in order."""
+        is_image = input_ids == self.config.image_token_id
+        # The image token may lie beyond the vocabulary (its embedding is never read), so another one stands in for it.
+        embeddings = self.get_input_embeddings()(input_ids.masked_fill(is_image, 0))
+        return embeddings.masked_scatter(is_image[:, :, None], visual_tokens.to(embeddings.dtype))
+
+    def _attention(
+        self, input_ids: Tensor, dtype: torch.dtype, attention_mask: Tensor | None, cu_seqlens: Tensor | None
+    ) -> dict[str, Any]:
+        if cu_seqlens is None:
+            return {"attention_mask": _mask_or_ones(attention_mask, input_ids)}
+        return packed_attention(
+            cu_seqlens,
+            num_tokens=input_ids.shape[1],
+            dtype=dtype,
+            attn_implementation=self.language_model.config._attn_implementation,
+        )
+
+
+def _rows(tensor: Tensor) -> Tensor:
+    """A pack [T] as one row [1, T]; a padded batch as it is."""
+    return tensor[None] if tensor.ndim == 1 else tensor
+
+
+def _mask_or_ones(attention_mask: Tensor | None, input_ids: Tensor) -> Tensor:
+    return torch.ones_like(input_ids) if attention_mask is None else attention_mask
+
+
+def _fill(parameter: nn.Parameter, fill: Any) -> None:
+    """Initialise in place, unless transformers has marked the parameter as loaded from a checkpoint."""
+    if not getattr(parameter, "_is_hf_initialized", False):
+        fill(parameter)

@@ -1,0 +1,203 @@
+"""The two-stream encoder against a loop over images written from method.md, section 1, in float64."""
+
+from collections.abc import Callable
+from itertools import product
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from samtrain.core.batch import ImageGroups, PackedBatch
+from samtrain.core.errors import BatchError
+from samtrain.model import SamMllmForConditionalGeneration
+from samtrain.model.guidance import extract_visual_tokens
+
+RAGGED = [2, 1, 3, 5]
+
+
+def reference(model: SamMllmForConditionalGeneration, features: Tensor, batch: PackedBatch) -> Tensor:
+    """One image at a time, one layer at a time; softmax over a stacked list of images."""
+    config, guidance, qformer = model.config, model.guidance, model.qformer
+    outputs = []
+    borders = batch.cu_images.tolist()
+    for s, (first, last) in enumerate(zip(borders, borders[1:])):
+        group = features[first:last]
+        read = [
+            group[j] + (guidance.order_embedding.weight[j] if config.order_embedding else 0.0)
+            for j in range(len(group))
+        ]
+        text = batch.qformer_input_ids[s : s + 1][
+            :, batch.qformer_attention_mask[s].bool()
+        ]  # padding cut off, not masked
+        x0 = qformer.embeddings(input_ids=text, query_embeds=model.query_tokens)
+        for i in range(len(group)):
+            context_set = [j for j in range(len(group)) if config.guidance_context == "all" or j != i]
+            own = group[i][None]
+            if context_set:
+                scores = torch.stack([guidance.patch_score(read[j])[:, 0] for j in context_set])  # [n, P]
+                a = torch.softmax(scores, 0)
+                c = sum(a[n][:, None] * read[j] for n, j in enumerate(context_set))[None]
+            q = w = x0
+            for t, layer in enumerate(qformer.encoder.layer, start=1):
+                if context_set and t <= config.contextual_layer:
+                    if t == config.initial_layer:
+                        w = w + guidance.initial_projection(q)
+                    w_next = layer(w, None, c, query_length=config.num_query_tokens)
+                    if t == config.contextual_layer:
+                        q = q + guidance.context_projection(w_next)
+                    w = w_next
+                q = layer(q, None, own, query_length=config.num_query_tokens)
+            outputs.append(q[0, : config.num_query_tokens])
+    return torch.stack(outputs)
+
+
+def encode(model: SamMllmForConditionalGeneration, features: Tensor, batch: PackedBatch) -> Tensor:
+    return extract_visual_tokens(
+        model.qformer,
+        model.guidance,
+        config=model.config,
+        query_tokens=model.query_tokens,
+        features=features,
+        groups=batch.image_groups,
+        input_ids=batch.qformer_input_ids,
+        attention_mask=batch.qformer_attention_mask,
+    )
+
+
+def outputs_and_gradients(
+    function: Callable[..., Tensor], model: SamMllmForConditionalGeneration, batch: PackedBatch
+) -> tuple[Tensor, dict[str, Tensor]]:
+    model.zero_grad()
+    generator = torch.Generator().manual_seed(5)
+    features = torch.randn(batch.num_images, 5, 12, generator=generator, dtype=torch.float64, requires_grad=True)
+    out = function(model, features, batch)
+    direction = torch.randn(out.shape, generator=generator, dtype=torch.float64)
+    (out * direction).sum().backward()
+    gradients = {n: torch.zeros_like(p) if p.grad is None else p.grad.clone() for n, p in model.named_parameters()}
+    return out.detach(), gradients | {"features": features.grad}
+
+
+@pytest.mark.parametrize(
+    ("context", "l", "k", "order"),
+    [(*c, o) for c, o in product([(c, l, k) for c in ("others", "all") for l in (1, 2, 3, 4) for k in (1, 2, 3, 4) if l <= k], (False, True)) if o is False or c[2] >= 3],
+)  # fmt: skip
+def test_outputs_and_every_gradient_equal_the_loop_over_images(
+    tiny_model: Any, make_batch: Any, context: str, l: int, k: int, order: bool
+) -> None:
+    model = tiny_model(
+        dtype=torch.float64, random_guidance=True, guidance_context=context, initial_layer=l, contextual_layer=k,
+        order_embedding=order,
+    )  # fmt: skip
+    batch = make_batch(RAGGED)
+    expected, expected_gradients = outputs_and_gradients(reference, model, batch)
+    got, gradients = outputs_and_gradients(encode, model, batch)
+    assert (got - expected).abs().max() < 1e-9
+    for name, gradient in expected_gradients.items():
+        assert (gradients[name] - gradient).abs().max() < 1e-9, name
+    assert gradients["guidance.patch_score.weight"].abs().max() > 1e-6
+    assert gradients["guidance.initial_projection.weight"].abs().max() > 1e-6
+    if order:
+        assert gradients["guidance.order_embedding.weight"].abs().max() > 1e-6
+
+
+@pytest.mark.parametrize("context", ["others", "all"])
+def test_a_frozen_qformer_gives_the_same_guidance_gradients(tiny_model: Any, make_batch: Any, context: str) -> None:
+    model = tiny_model(dtype=torch.float64, random_guidance=True, guidance_context=context, initial_layer=2)
+    batch = make_batch(RAGGED)
+    features = torch.randn(batch.num_images, 5, 12, dtype=torch.float64)
+
+    def gradients() -> dict[str, Tensor]:
+        model.zero_grad()
+        encode(model, features, batch).square().sum().backward()
+        return {n: p.grad.clone() for n, p in model.guidance.named_parameters()}
+
+    trained = gradients()
+    for parameter in [*model.qformer.parameters(), model.query_tokens]:
+        parameter.requires_grad_(False)
+    frozen = gradients()
+    for name, gradient in trained.items():
+        assert (frozen[name] - gradient).abs().max() < 1e-9, name
+
+
+def test_a_frozen_qformer_records_nothing_of_the_q_stream_before_layer_k(tiny_model: Any, make_batch: Any) -> None:
+    model = tiny_model(random_guidance=True)
+    for parameter in [*model.qformer.parameters(), model.query_tokens]:
+        parameter.requires_grad_(False)
+    batch = make_batch([2, 2])
+    records: list[tuple[int, int, bool]] = []
+    for t, layer in enumerate(model.qformer.encoder.layer, start=1):
+        layer.register_forward_hook(lambda m, a, out, t=t: records.append((t, out.shape[0], out.requires_grad)))
+    encode(model, torch.randn(4, 5, 12), batch)
+    # k = 3: W then Q at every layer up to k, Q alone after it.
+    assert records == [
+        (1, 4, True),
+        (1, 4, False),
+        (2, 4, True),
+        (2, 4, False),
+        (3, 4, True),
+        (3, 4, True),
+        (4, 4, True),
+    ]
+
+
+def test_streams_share_one_call_per_layer_and_all_runs_the_w_stream_once_per_sample(
+    tiny_model: Any, make_batch: Any
+) -> None:
+    model = tiny_model(guidance_context="all", initial_layer=3, contextual_layer=4)
+    rows: list[int] = []
+    for layer in model.qformer.encoder.layer:
+        layer.register_forward_hook(lambda m, a, out: rows.append(out.shape[0]))
+    encode(model, torch.randn(5, 5, 12), make_batch([2, 3]))
+    assert rows == [5 + 2, 5 + 2, 5 + 5, 5, 5]
+
+
+def test_a_single_image_with_others_is_not_guided_but_with_all_it_is(tiny_model: Any, make_batch: Any) -> None:
+    batch = make_batch([1])
+    features = torch.randn(1, 5, 12, dtype=torch.float64)
+    for context, is_guided in (("others", False), ("all", True)):
+        model = tiny_model(dtype=torch.float64, random_guidance=True, guidance_context=context)
+        guided = encode(model, features, batch)
+        model.guidance = None
+        difference = (guided - encode(model, features, batch)).abs().max()
+        assert difference > 1e-3 if is_guided else difference < 1e-12
+
+
+def test_the_context_of_a_sample_never_reaches_another(tiny_model: Any, make_batch: Any) -> None:
+    model = tiny_model(dtype=torch.float64, random_guidance=True)
+    batch = make_batch([2, 3])
+    features = torch.randn(5, 5, 12, dtype=torch.float64)
+    before = encode(model, features, batch)
+    changed = features.clone()
+    changed[2:] += 1.0
+    after = encode(model, changed, batch)
+    assert (before[:2] - after[:2]).abs().max() < 1e-12
+    assert (before[2:] - after[2:]).abs().max() > 1e-3
+
+
+def test_more_images_than_the_order_embedding_has_rows_is_an_error(tiny_model: Any, make_batch: Any) -> None:
+    model = tiny_model(order_embedding=True, max_images=2)
+    with pytest.raises(BatchError, match=r"3 images, the order embedding 2 rows.*max_images"):
+        encode(model, torch.randn(3, 5, 12), make_batch([3]))
+
+
+def test_the_papers_shape_has_1182593_guidance_parameters(tiny_config: Any) -> None:
+    from samtrain.model.guidance import Guidance
+
+    config = tiny_config()
+    config.qformer_config.hidden_size, config.qformer_config.encoder_hidden_size = 768, 1408
+    guidance: nn.Module = Guidance(config)
+    assert sum(p.numel() for p in guidance.parameters()) == 1_182_593
+
+
+def test_groups_without_images_are_allowed_beside_others(tiny_model: Any, make_batch: Any) -> None:
+    model = tiny_model(dtype=torch.float64, random_guidance=True, guidance_context="all")
+    with_empty, without = make_batch([0, 2, 0]), make_batch([2])
+    features = torch.randn(2, 5, 12, dtype=torch.float64)
+    text = {"input_ids": with_empty.qformer_input_ids[1:2], "attention_mask": with_empty.qformer_attention_mask[1:2]}
+    got = encode(model, features, with_empty)
+    expected = extract_visual_tokens(
+        model.qformer, model.guidance, config=model.config, query_tokens=model.query_tokens, features=features,
+        groups=ImageGroups.from_counts([2]), **text,
+    )  # fmt: skip
+    assert without.num_images == 2 and (got - expected).abs().max() < 1e-12
