@@ -1,0 +1,103 @@
+"""The ledger: which samples each step used and which it skipped, and why; one JSON line per global step.
+
+Each line carries a running hash over all used keys in order and all skips so far, so two runs compare by one hash,
+and a resumed run proves that it continues the same history. Rank 0 writes it, with the skips of all ranks gathered.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, BinaryIO
+
+from samtrain.core.errors import CheckpointError
+
+_START = hashlib.blake2b(b"samtrain ledger 1", digest_size=16).hexdigest()
+
+
+class Ledger:
+    """An open ledger; get one from `Ledger.open`."""
+
+    def __init__(self, path: Path, stream: BinaryIO, *, digest: str, step: int) -> None:
+        self.path = path
+        self.digest = digest  # over everything recorded so far
+        self.step = step  # the last one recorded
+        self._stream = stream
+
+    @staticmethod
+    def open(path: str | Path, *, resume_step: int | None = None) -> "Ledger":
+        """Open the ledger of a run that continues after `resume_step`, or starts afresh (None or 0).
+
+        Lines after `resume_step` are cut off: those steps are done again.
+
+        Raises:
+            CheckpointError: the file lacks steps up to `resume_step`, or its hashes do not follow from its keys.
+        """
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        stream = open(path, "r+b" if path.exists() else "w+b")  # noqa: SIM115 (closed by close)
+        try:
+            digest = _START
+            for step in range(1, (resume_step or 0) + 1):
+                digest = _verified(stream.readline(), digest, step=step, path=path)
+            stream.truncate(stream.tell())
+        except BaseException:
+            stream.close()
+            raise
+        return Ledger(path, stream, digest=digest, step=resume_step or 0)
+
+    def record(self, step: int, keys: Sequence[str], skipped: Mapping[str, str]) -> None:
+        """Write the line of `step`.
+
+        Args:
+            keys: all keys of the global step, in order (`GlobalStep.keys`).
+            skipped: key -> reason, of all ranks.
+        """
+        if step != self.step + 1:
+            raise ValueError(f"{self.path}: step {step} after step {self.step}; every step is recorded once")
+        used = [key for key in keys if key not in skipped]
+        self.digest = _advance(self.digest, step, used, skipped)
+        line = {"step": step, "keys": used, "skipped": dict(sorted(skipped.items())), "digest": self.digest}
+        self._stream.write(json.dumps(line, ensure_ascii=False).encode() + b"\n")
+        self._stream.flush()
+        self.step = step
+
+    def sync(self) -> None:
+        """Make the lines survive a power cut; to be called before a checkpoint that relies on them is complete."""
+        self._stream.flush()
+        os.fsync(self._stream.fileno())
+
+    def close(self) -> None:
+        if not self._stream.closed:
+            self.sync()
+            self._stream.close()
+
+    def __enter__(self) -> "Ledger":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def _advance(digest: str, step: int, used: Sequence[str], skipped: Mapping[str, str]) -> str:
+    # Only the keys of skips: reasons hold paths and library messages, which differ between machines.
+    content = json.dumps([digest, step, list(used), sorted(skipped)], ensure_ascii=False)
+    return hashlib.blake2b(content.encode(), digest_size=16).hexdigest()
+
+
+def _verified(line: bytes, digest: str, *, step: int, path: Path) -> str:
+    """The digest after a stored line, which must be that of `step`."""
+    way_out = "restore the ledger that belongs to the checkpoint, or start a new run in another output_dir"
+    try:
+        values: Any = json.loads(line)
+        found = (values["step"], values["digest"])
+        expected = (step, _advance(digest, step, values["keys"], values["skipped"]))
+    except (ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{path}: the line of step {step} is missing or torn ({error!r}); {way_out}") from None
+    if found != expected:
+        raise CheckpointError(f"{path}: step {step}: step and hash {found}, expected {expected}; {way_out}")
+    return expected[1]

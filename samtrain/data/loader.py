@@ -1,0 +1,258 @@
+"""Loaders: endless training steps with a cursor, evaluation steps, and single samples for generation.
+
+Steps are built ahead, in order, by one thread that plans and `num_workers` threads that decode (PIL releases the
+GIL). At most `prefetch_steps` steps wait; the cursor counts what was handed out, never what was built ahead.
+"""
+
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from types import TracebackType
+from typing import Any
+
+from PIL import Image
+
+from samtrain.core.batch import GlobalStep
+from samtrain.core.errors import ConfigError, TrainingError
+from samtrain.core.log import logger
+from samtrain.core.sample import SampleEncoder, SampleRecord
+from samtrain.data.decode import decode_image
+from samtrain.data.index import ShardIndex
+from samtrain.data.options import DataOptions
+from samtrain.data.order import SampleOrder, Slot
+from samtrain.data.step import Map, StepBuilder
+
+MIN_SEEN = 100  # a share of fewer samples than this says little
+
+
+class StepStream:
+    """Calls `build(n, map_function)` for n = 0, 1, ... ahead of the consumer, in order.
+
+    Args:
+        num_steps: where to end; None: never.
+        num_workers: threads behind `map_function`; 0 builds each step when it is asked for, in the caller's thread.
+    """
+
+    def __init__(
+        self,
+        build: Callable[[int, Map], GlobalStep],
+        *,
+        num_steps: int | None,
+        num_workers: int,
+        prefetch_steps: int,
+    ) -> None:
+        self._build = build
+        self._num_steps = num_steps
+        self._prefetch_steps = prefetch_steps
+        self._next = 0
+        self._waiting: deque[Future[GlobalStep]] = deque()
+        self._planner: ThreadPoolExecutor | None = None
+        if num_workers:
+            self._planner = ThreadPoolExecutor(1, thread_name_prefix="samtrain-steps")
+            self._workers = ThreadPoolExecutor(num_workers, thread_name_prefix="samtrain-decode")
+
+    def __iter__(self) -> Iterator[GlobalStep]:
+        return self
+
+    def __next__(self) -> GlobalStep:
+        """The next step; an error of any thread is raised here."""
+        if self._planner is None:
+            if self._next == self._num_steps:
+                raise StopIteration
+            self._next += 1
+            return self._build(self._next - 1, map)
+        while len(self._waiting) < self._prefetch_steps and self._next != self._num_steps:
+            self._waiting.append(self._planner.submit(self._build, self._next, self._workers.map))
+            self._next += 1
+        if not self._waiting:
+            raise StopIteration
+        return self._waiting.popleft().result()
+
+    def close(self) -> None:
+        """End all threads; returns when they are gone."""
+        for future in self._waiting:
+            future.cancel()
+        self._waiting.clear()
+        if self._planner is not None:
+            self._workers.shutdown(wait=True, cancel_futures=True)
+            self._planner.shutdown(wait=True, cancel_futures=True)
+
+
+class TrainLoader:
+    """Endless iterator of this rank's `GlobalStep`s, epoch after epoch; a context manager that ends its threads.
+
+    A step holds the same samples for any number of ranks and workers.
+
+    Raises:
+        ConfigError: fewer samples in a step than ranks.
+    """
+
+    def __init__(
+        self,
+        index: ShardIndex,
+        encoder: SampleEncoder,
+        options: DataOptions,
+        *,
+        global_batch_size: int,
+        seed: int,
+        rank: int,
+        world_size: int,
+    ) -> None:
+        if global_batch_size < world_size:
+            raise ConfigError(
+                f"train.global_batch_size is {global_batch_size} but there are {world_size} ranks: some would never "
+                f"get a sample; raise it or use fewer processes"
+            )
+        self.options = options
+        self.order = SampleOrder(
+            digest=index.digest,
+            length=len(index),
+            seed=seed,
+            shuffle=options.shuffle,
+            global_batch_size=global_batch_size,
+        )
+        self._builder = StepBuilder(
+            index, encoder, options, seed=seed, rank=rank, world_size=world_size, augment=options.augment
+        )
+        self._position = 0  # samples handed out, over all ranks
+        self._stream: StepStream | None = None
+        self._is_closed = False
+        self._num_seen = 0
+        self._bad: dict[str, str] = {}
+        self._num_bad = 0
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return self.order.steps_per_epoch
+
+    @property
+    def cursor(self) -> dict[str, Any]:
+        """State after the last step that was handed out."""
+        return self.order.cursor(self._position)
+
+    def load_cursor(self, cursor: dict[str, Any]) -> None:
+        """Continue after the step `cursor` was taken from; what was built ahead is dropped.
+
+        Raises:
+            CheckpointError: the cursor is of another set, seed, order or batch size.
+        """
+        position = self.order.position(cursor)
+        self._end_stream()
+        self._position = position
+
+    def __iter__(self) -> "TrainLoader":
+        return self
+
+    def __next__(self) -> GlobalStep:
+        """The next step.
+
+        Raises:
+            DataError: a sample exceeds the budgets.
+            TrainingError: more than `max_bad_fraction` of this rank's samples could not be used.
+        """
+        if self._is_closed:
+            raise RuntimeError("this loader was closed")
+        if self._stream is None:
+            self._stream = self._start_stream(self._position)
+        try:
+            step = next(self._stream)
+        except BaseException:
+            self._end_stream()
+            raise
+        self._position += self.order.global_batch_size
+        self._count(step)
+        return step
+
+    def close(self) -> None:
+        """End all threads; the loader cannot be used afterwards."""
+        self._is_closed = True
+        self._end_stream()
+
+    def __enter__(self) -> "TrainLoader":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _start_stream(self, start: int) -> StepStream:
+        builder, order = self._builder, self.order
+
+        def build(step: int, map_function: Map) -> GlobalStep:
+            position = start + step * order.global_batch_size
+            cursor = order.cursor(position + order.global_batch_size)
+            return builder.build(order.slots(position), cursor=cursor, map_function=map_function)
+
+        return StepStream(
+            build,
+            num_steps=None,
+            num_workers=self.options.num_workers,
+            prefetch_steps=self.options.prefetch_steps,
+        )
+
+    def _end_stream(self) -> None:
+        if self._stream is not None:
+            self._stream.close()
+            self._stream = None
+
+    def _count(self, step: GlobalStep) -> None:
+        """Count this rank's bad samples and stop the run when they are too many."""
+        self._num_seen += sum(len(batch.keys) for batch in step.micro_batches) + len(step.skipped)
+        self._num_bad += len(step.skipped)
+        self._bad.update(step.skipped)
+        for key, reason in step.skipped.items():
+            logger.warning("sample %s is skipped: %s", key, reason)
+        limit = self.options.max_bad_fraction * max(self._num_seen, MIN_SEEN)
+        if self._num_bad >= limit + 1:
+            some = "; ".join(self._bad[key] for key in list(self._bad)[:5])
+            raise TrainingError(
+                f"{self._num_bad} of the {self._num_seen} samples this rank saw could not be used, more than "
+                f"data.max_bad_fraction = {self.options.max_bad_fraction} allows: {some}; mend or remove them"
+            )
+
+
+def evaluation_steps(
+    index: ShardIndex,
+    encoder: SampleEncoder,
+    options: DataOptions,
+    *,
+    batch_size: int,
+    rank: int,
+    world_size: int,
+) -> Iterator[GlobalStep]:
+    """Every sample once, in the set's order, without augmentation; equally many steps and micro-batches on each rank.
+
+    Args:
+        batch_size: samples of one step over all ranks; the last step may have fewer.
+    """
+    builder = StepBuilder(index, encoder, options, seed=0, rank=rank, world_size=world_size, augment=False)
+
+    def build(step: int, map_function: Map) -> GlobalStep:
+        stop = min(len(index), (step + 1) * batch_size)
+        slots = [Slot(0, i) for i in range(step * batch_size, stop)]
+        return builder.build(slots, cursor={"position": stop}, map_function=map_function)
+
+    stream = StepStream(
+        build,
+        num_steps=-(-len(index) // batch_size),
+        num_workers=options.num_workers,
+        prefetch_steps=options.prefetch_steps,
+    )
+    try:
+        yield from stream
+    finally:
+        stream.close()
+
+
+def read_for_generation(index: ShardIndex, i: int, options: DataOptions) -> tuple[SampleRecord, list[Image.Image]]:
+    """Sample `i` with its images decoded to RGB, not resized, not augmented.
+
+    Raises:
+        DataError: record or image cannot be used.
+    """
+    record, images = index.read_sample(i)
+    return record, [
+        decode_image(data, max_pixels=options.max_image_pixels, where=reference.file)
+        for data, reference in zip(images, record.images)
+    ]
