@@ -43,6 +43,9 @@ class Guidance(nn.Module):
         self.patch_score = nn.Linear(feature_width, 1)  # adaptive adjustment; softmax makes its bias' gradient zero
         # Behind a module call, so that ZeRO-3 gathers it.
         self.order_embedding = nn.Embedding(config.max_images, feature_width) if config.order_embedding else None
+        for module in (self.initial_projection, self.context_projection, self.order_embedding):
+            if module is not None:
+                module.is_zero_init = True  # type: ignore[assignment]  # read by the model's _init_weights
 
     def contextual_features(self, features: Tensor, groups: ImageGroups) -> Tensor:
         """C: [I, P, C] (`others`) or, one for each sample, [S, P, C] (`all`), from the features F [I, P, C].

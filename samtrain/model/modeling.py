@@ -13,7 +13,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, InstructBlipQFormerModel, PreTrainedModel
+from transformers import AutoModelForCausalLM, InstructBlipQFormerModel, PreTrainedModel, initialization
+from transformers.generation.logits_process import LogitsProcessorList, RepetitionPenaltyLogitsProcessor
 from transformers.utils import ModelOutput
 
 from samtrain.core.batch import IGNORE_INDEX, ImageGroups
@@ -78,13 +79,12 @@ class SamMllmForConditionalGeneration(PreTrainedModel):
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
-        if isinstance(module, Guidance):
-            # Zero-init: before training the model is InstructBLIP's equal (method.md, section 1).
-            zero = [module.initial_projection, module.context_projection, module.order_embedding]
-            for parameter in (p for m in zero if m is not None for p in m.parameters()):
-                _fill(parameter, lambda p: p.zero_())
-        elif isinstance(module, SamMllmForConditionalGeneration):
-            _fill(module.query_tokens, lambda p: p.normal_(std=self.config.initializer_range))
+        # transformers' initialisers leave alone what was loaded from a checkpoint.
+        if isinstance(module, SamMllmForConditionalGeneration):
+            initialization.normal_(module.query_tokens, std=self.config.initializer_range)
+        elif getattr(module, "is_zero_init", False):
+            for parameter in module.parameters(recurse=False):
+                initialization.zeros_(parameter)
 
     def get_input_embeddings(self) -> nn.Module:
         return self.language_model.get_input_embeddings()
@@ -177,7 +177,7 @@ class SamMllmForConditionalGeneration(PreTrainedModel):
     def encode_images(
         self, pixel_values: Tensor, groups: ImageGroups, qformer_input_ids: Tensor, qformer_attention_mask: Tensor
     ) -> Tensor:
-        """Query outputs [I, Q, D] of images [I, 3, H, W], I >= 1: one call of the tower, one of the two-stream Q-Former.
+        """Query outputs [I, Q, D] of images [I, 3, H, W], I >= 1, in one call of the tower and one of the Q-Former.
 
         Nothing is recorded for the backward pass below the first trainable parameter.
         """
@@ -204,7 +204,12 @@ class SamMllmForConditionalGeneration(PreTrainedModel):
         qformer_attention_mask: Tensor | None = None,
         **generation: Any,
     ) -> Tensor:
-        """New token ids [B, new] of a left-padded batch of prompts; keyword arguments are transformers' own."""
+        """New token ids [B, new] of a left-padded batch of prompts.
+
+        Args:
+            generation: keyword arguments of transformers' generate. A repetition penalty covers the new tokens only,
+                as in the authors' release (their LLM is given embeddings too).
+        """
         prefix = self(
             input_ids,
             attention_mask=attention_mask,
@@ -217,6 +222,7 @@ class SamMllmForConditionalGeneration(PreTrainedModel):
         for name in ("eos_token_id", "pad_token_id"):
             if getattr(self.config, name) is not None:
                 generation.setdefault(name, getattr(self.config, name))
+        _penalise_repetition_alike(generation)
         return self.language_model.generate(
             inputs_embeds=prefix.inputs_embeds, attention_mask=_mask_or_ones(attention_mask, input_ids), **generation
         )
@@ -250,7 +256,8 @@ class SamMllmForConditionalGeneration(PreTrainedModel):
             text_mask = torch.ones_like(text_ids)
         if text_ids.shape[0] != num_samples or groups.valid.shape[0] != num_samples:
             raise BatchError(
-                f"{num_samples} samples, but {text_ids.shape[0]} Q-Former texts and {groups.valid.shape[0]} image groups"
+                f"{num_samples} samples, but {text_ids.shape[0]} Q-Former texts "
+                f"and {groups.valid.shape[0]} image groups"
             )
         return groups.to(device), pixel_values, text_ids, text_mask
 
@@ -286,6 +293,18 @@ class SamMllmForConditionalGeneration(PreTrainedModel):
         )
 
 
+def _penalise_repetition_alike(generation: dict[str, Any]) -> None:
+    """Move `repetition_penalty` into a processor of its own, in place.
+
+    transformers 5.23 exempts as many tokens from the penalty as a row has padding. With embeddings as the prompt these
+    are the first *new* tokens, and a row's answer would depend on the longest prompt of its batch.
+    """
+    penalty = generation.pop("repetition_penalty", None)
+    if penalty is not None and penalty != 1.0:
+        own = RepetitionPenaltyLogitsProcessor(penalty=penalty)
+        generation["logits_processor"] = LogitsProcessorList([own, *(generation.get("logits_processor") or [])])
+
+
 def _rows(tensor: Tensor) -> Tensor:
     """A pack [T] as one row [1, T]; a padded batch as it is."""
     return tensor[None] if tensor.ndim == 1 else tensor
@@ -293,9 +312,3 @@ def _rows(tensor: Tensor) -> Tensor:
 
 def _mask_or_ones(attention_mask: Tensor | None, input_ids: Tensor) -> Tensor:
     return torch.ones_like(input_ids) if attention_mask is None else attention_mask
-
-
-def _fill(parameter: nn.Parameter, fill: Any) -> None:
-    """Initialise in place, unless transformers has marked the parameter as loaded from a checkpoint."""
-    if not getattr(parameter, "_is_hf_initialized", False):
-        fill(parameter)

@@ -9,7 +9,7 @@ from samtrain.model.processing import SamMllmProcessor
 
 
 def register() -> None:
-    """Make AutoConfig, AutoModelForImageTextToText and AutoProcessor load `sam_mllm` folders; harmless when repeated."""
+    """Make AutoConfig, AutoModelForImageTextToText and AutoProcessor load `sam_mllm` folders; may be repeated."""
     AutoConfig.register("sam_mllm", SamMllmConfig, exist_ok=True)
     AutoConfig.register("efficientnet_lite", EfficientNetLiteConfig, exist_ok=True)
     AutoModel.register(EfficientNetLiteConfig, EfficientNetLiteModel, exist_ok=True)

@@ -67,8 +67,9 @@ def test_a_dominating_image_leaves_the_others_exact() -> None:
 
 def test_half_precision_scores_are_mixed_in_float32() -> None:
     groups = ImageGroups.from_counts([2, 3])
+    scores = torch.randn(5, 4, dtype=torch.bfloat16)
     weights = image_mix_weights(
-        torch.randn(5, 4, dtype=torch.bfloat16), group_of_image=groups.group_of_image, slot_of_image=groups.slot_of_image,
+        scores, group_of_image=groups.group_of_image, slot_of_image=groups.slot_of_image,
         images_of_group=groups.images_of_group, valid=groups.valid, context="all",
     )  # fmt: skip
     assert weights.dtype == torch.float32

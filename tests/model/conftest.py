@@ -70,7 +70,7 @@ def tiny_config() -> Callable[..., SamMllmConfig]:
 
 @pytest.fixture
 def tiny_model() -> Callable[..., SamMllmForConditionalGeneration]:
-    """Build a tiny model: keyword arguments of `config`; `random_guidance=True` gives A, B and the rest random values."""
+    """Build a tiny model from the keyword arguments of `config`; `random_guidance` gives A, B and the rest values."""
 
     def build(
         kind: str = "llama",

@@ -1,7 +1,7 @@
 """The two-stream encoder against a loop over images written from method.md, section 1, in float64."""
 
 from collections.abc import Callable
-from itertools import product
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -21,7 +21,7 @@ def reference(model: SamMllmForConditionalGeneration, features: Tensor, batch: P
     config, guidance, qformer = model.config, model.guidance, model.qformer
     outputs = []
     borders = batch.cu_images.tolist()
-    for s, (first, last) in enumerate(zip(borders, borders[1:])):
+    for s, (first, last) in enumerate(pairwise(borders)):
         group = features[first:last]
         read = [
             group[j] + (guidance.order_embedding.weight[j] if config.order_embedding else 0.0)
@@ -78,16 +78,18 @@ def outputs_and_gradients(
     return out.detach(), gradients | {"features": features.grad}
 
 
-@pytest.mark.parametrize(
-    ("context", "l", "k", "order"),
-    [(*c, o) for c, o in product([(c, l, k) for c in ("others", "all") for l in (1, 2, 3, 4) for k in (1, 2, 3, 4) if l <= k], (False, True)) if o is False or c[2] >= 3],
-)  # fmt: skip
+LAYERS = [(first, last) for first in range(1, 5) for last in range(first, 5)]
+
+
+@pytest.mark.parametrize("context", ["others", "all"])
+@pytest.mark.parametrize(("initial", "contextual"), LAYERS)
+@pytest.mark.parametrize("order", [False, True])
 def test_outputs_and_every_gradient_equal_the_loop_over_images(
-    tiny_model: Any, make_batch: Any, context: str, l: int, k: int, order: bool
+    tiny_model: Any, make_batch: Any, context: str, initial: int, contextual: int, order: bool
 ) -> None:
     model = tiny_model(
-        dtype=torch.float64, random_guidance=True, guidance_context=context, initial_layer=l, contextual_layer=k,
-        order_embedding=order,
+        dtype=torch.float64, random_guidance=True, guidance_context=context, initial_layer=initial,
+        contextual_layer=contextual, order_embedding=order,
     )  # fmt: skip
     batch = make_batch(RAGGED)
     expected, expected_gradients = outputs_and_gradients(reference, model, batch)
