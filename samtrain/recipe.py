@@ -3,6 +3,7 @@
 Precedence: defaults <- `base:` recipe (looked up beside the file, recursively) <- the file <- overrides.
 """
 
+import math
 import re
 from pathlib import Path
 from typing import Any
@@ -46,6 +47,10 @@ class Recipe(Options):
             )
         return self
 
+    def total_steps(self, steps_per_epoch: int) -> int:
+        """Optimizer steps of the run: `train.max_steps`, or `train.num_train_epochs` in steps, rounded up."""
+        return self.train.max_steps or math.ceil(self.train.num_train_epochs * steps_per_epoch)
+
     def to_yaml(self) -> str:
         """The resolved recipe; reading it again gives an equal one."""
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
@@ -65,6 +70,11 @@ def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
     for override in overrides or []:
         _apply_override(values, override)
     return parse_options(Recipe, values, source=str(path))
+
+
+def parse_recipe(text: str, *, source: str) -> Recipe:
+    """The recipe in a resolved YAML text (`Recipe.to_yaml`)."""
+    return parse_options(Recipe, _parse_yaml(text, source=source), source=source)
 
 
 class _Loader(yaml.SafeLoader):
