@@ -61,19 +61,24 @@ def _connect(recipe: Recipe, *, address: str | None) -> None:
     import ray
 
     launch = recipe.launch
+    # Ray Train tells its own story of a failure, at length, several times; ours is told once, by the launcher.
+    for part in ("CONTROLLER", "WORKER"):
+        os.environ.setdefault(f"RAY_TRAIN_ENABLE_{part}_STRUCTURED_LOGGING", "0")
+    quiet = {"logging_level": logging.WARNING, "logging_config": ray.LoggingConfig(log_level="CRITICAL")}
     if address is not None:
         try:
-            ray.init(address=address, logging_level=logging.WARNING)
+            ray.init(address=address, **quiet)
         except (ConnectionError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
             raise InputError(f"no Ray cluster at {address}: {error}; --local runs without one") from None
         return
+    logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)  # tells its default at every start
     needed, there = launch.num_workers * launch.cpus_per_worker, os.cpu_count() or 1
     ray.init(
         address="local",
         num_cpus=max(needed, there),  # more workers than cores are slow, not wrong
         include_dashboard=False,
         object_store_memory=_OBJECT_STORE_BYTES,
-        logging_level=logging.WARNING,
+        **quiet,
     )
 
 
