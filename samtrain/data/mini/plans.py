@@ -6,7 +6,7 @@ shows the target alone in picture 1, then in other styles among others.
 """
 
 from collections import Counter
-from collections.abc import Container, Sequence
+from collections.abc import Sequence, Set
 from dataclasses import dataclass
 from functools import cache
 from typing import TypeVar
@@ -29,6 +29,7 @@ _CYCLE: tuple[tuple[str, str], ...] = (
     (LINKING, ""), (CONCEPTUAL, IDENTITY), (LINKING, ""), (ANIMAL, CATEGORY), (VEHICLE, IDENTITY),
     (LINKING, ""), (CONCEPTUAL, CATEGORY), (ANIMAL, IDENTITY), (LINKING, ""), (CONCEPTUAL, IDENTITY),
 )  # fmt: skip
+_NOTHING: frozenset[str] = frozenset()
 _HARD_DISTRACTOR = 0.6  # share of samples with a distractor in all pictures but one
 _LINKING_IMAGES = (2, 2, 3, 3, 4, 5)
 
@@ -100,8 +101,8 @@ class Planner:
         for i in range(num_images):
             present = [target, *([hard] if hard and i != absent else [])]
             for _ in range(int(rng.integers(1, 4)) - (len(present) - 1)):
-                crowded = {label for label in usage if usage[label] >= num_images - 1}
-                found = self._pick(present, rng, barred_labels=crowded | ({hard.label} if hard else set()))
+                barred = {label for label in usage if usage[label] >= num_images - 1}
+                found = self._pick(present, rng, barred=barred | ({hard.label} if hard else set()))
                 if found:
                     present.append(found)
                     usage[found.label] += 1
@@ -112,27 +113,24 @@ class Planner:
         num_images = int(rng.integers(3, 6))
         kind = members[0].kind
         shown = _shuffled(members, rng)
-        other_kinds = sorted({item.kind.name for item in self.companions} - {kind.name, ""})
+        other_kinds = sorted({item.kind.name for item in self.companions if item.kind.family != kind.family} - {""})
         hard = _choose(other_kinds, rng) if other_kinds and rng.random() < _HARD_DISTRACTOR else None
+        hard_family = next((item.kind.family for item in self.companions if item.kind.name == hard), "")
         absent = int(rng.integers(num_images))
-        usage: Counter[str] = Counter()  # of kinds
+        usage: Counter[str] = Counter()  # pictures per family
         pictures = []
         for i in range(num_images):
             target = shown[i % len(shown)]
             present = [target]
-            # Only `kind` may be in every picture, and only the target is of it; things of no kind are free.
-            crowded = {
-                kind.name,
-                hard or kind.name,
-                *(name for name in usage if name and usage[name] >= num_images - 1),
-            }
             if hard and i != absent and (found := self._pick(present, rng, kind=hard)):
                 present.append(found)
+            # Only the target is of `kind`, and nothing but it has a family in common with all pictures.
+            barred = {kind.name, hard_family, *(family for family in usage if usage[family] >= num_images - 1)} - {""}
             for _ in range(int(rng.integers(1, 4)) - (len(present) - 1)):
-                found = self._pick(present, rng, barred_kinds=crowded)
+                found = self._pick(present, rng, barred=barred)
                 if found:
                     present.append(found)
-            usage.update({item.kind.name for item in present})
+            usage.update({item.kind.family for item in present[1:]})
             pictures.append(self._styled(present, _choose(target.styles_in(self.styles), rng), rng))
         return Plan(task, CATEGORY, None, kind, tuple(pictures))
 
@@ -141,9 +139,8 @@ class Planner:
         target = _choose(self.unseen_targets if unseen else self.targets, rng)
         first, *others = _shuffled(target.styles_in(self.styles), rng)
         num_images = int(rng.choice(_LINKING_IMAGES))
-        constant = self._pick(
-            [target], rng, lambda _: True
-        )  # in every later picture: only picture 1 tells who is meant
+        # In (nearly) every later picture, as the target is: only picture 1 tells who is meant.
+        constant = self._pick([target], rng)
         pictures: list[tuple[Thing, ...]] = [(Thing(target, first),)]
         for i in range(num_images - 1):
             present = [target, *([constant] if constant and rng.random() < 0.8 else [])]
@@ -164,20 +161,17 @@ class Planner:
         )
 
     def _pick(
-        self,
-        present: list[Identity],
-        rng: np.random.Generator,
-        *,
-        kind: str | None = None,
-        barred_labels: Container[str] = (),
-        barred_kinds: Container[str] = (),
+        self, present: list[Identity], rng: np.random.Generator, *, kind: str | None = None, barred: Set[str] = _NOTHING
     ) -> Identity | None:
-        """Another thing that may share a picture with all that are present, or None where there is none left."""
+        """Another thing that may share a picture with all that are present, or None where there is none left.
+
+        kind: it must be of this one. barred: labels, kinds and families it must not have.
+        """
         for position in rng.permutation(len(self.companions)):
             item = self.companions[position]
             if kind is not None and item.kind.name != kind:
                 continue
-            if item in present or item.label in barred_labels or item.kind.name in barred_kinds:
+            if item in present or not barred.isdisjoint((item.label, item.kind.name, item.kind.family)):
                 continue
             if self._may_join(item, present):
                 return item

@@ -11,21 +11,27 @@ import re
 from dataclasses import dataclass
 
 ANIMAL, VEHICLE, CONCEPTUAL = "animal", "vehicle", "conceptual"
+FOOD, PLANTS, WORN = "all food", "all plants", "all that is worn"
 
 
 @dataclass(frozen=True)
 class Kind:
-    """A category a question can ask for: `singular` with its article, `plural` without."""
+    """A category a question can ask for: `singular` with its article, `plural` without.
+
+    family: a wider category; a picture's bystanders must not make it an answer too.
+    """
 
     name: str
     singular: str
     plural: str
     task: str
+    family: str
     labels: tuple[str, ...]
 
 
-def _kind(name: str, singular: str, plural: str, task: str, labels: str) -> Kind:
-    return Kind(name, singular, plural, task, tuple(re.split(r"\s*,\s*", labels.strip())))
+def _kind(name: str, singular: str, plural: str, task: str, labels: str, *, family: str = "") -> Kind:
+    family = family or {ANIMAL: "all animals", VEHICLE: "all vehicles"}.get(task, name)
+    return Kind(name, singular, plural, task, family, tuple(re.split(r"\s*,\s*", labels.strip())))
 
 
 # Ordered: a set limited to few identities takes the first kinds, one task after the other.
@@ -55,6 +61,7 @@ KINDS: tuple[Kind, ...] = (
         CONCEPTUAL,
         """grapes, tangerine, lemon, pear, peach, cherries, banana, watermelon, pineapple, strawberry, melon, red apple,
         kiwi fruit, green apple, mango, coconut, blueberries""",
+        family=FOOD,
     ),
     _kind(
         "bird",
@@ -114,6 +121,7 @@ KINDS: tuple[Kind, ...] = (
         CONCEPTUAL,
         """carrot, eggplant, potato, ear of corn, hot pepper, cucumber, bell pepper, leafy green, broccoli, garlic,
         onion""",
+        family=FOOD,
     ),
     _kind(
         "sweet",
@@ -122,6 +130,7 @@ KINDS: tuple[Kind, ...] = (
         CONCEPTUAL,
         """candy, cookie, custard, lollipop, doughnut, shortcake, birthday cake, chocolate bar, ice cream,
         soft ice cream, shaved ice, cupcake, pie""",
+        family=FOOD,
     ),
     _kind(
         "piece of clothing",
@@ -130,6 +139,7 @@ KINDS: tuple[Kind, ...] = (
         CONCEPTUAL,
         """jeans, dress, kimono, necktie, t-shirt, bikini, scarf, gloves, coat, socks, shorts, briefs, lab coat,
         safety vest, one-piece swimsuit""",
+        family=WORN,
     ),
     _kind(
         "electronic device",
@@ -145,6 +155,7 @@ KINDS: tuple[Kind, ...] = (
         "flowers",
         CONCEPTUAL,
         "rose, hibiscus, tulip, sunflower, cherry blossom, wilted flower, lotus, hyacinth",
+        family=PLANTS,
     ),
     _kind(
         "drink",
@@ -153,6 +164,7 @@ KINDS: tuple[Kind, ...] = (
         CONCEPTUAL,
         """wine glass, cocktail glass, beer mug, tropical drink, glass of milk, hot beverage, tumbler glass,
         cup with straw, bubble tea, beverage box""",
+        family=FOOD,
     ),
     _kind(
         "tool",
@@ -168,6 +180,7 @@ KINDS: tuple[Kind, ...] = (
         CONCEPTUAL,
         """running shoe, man's shoe, high-heeled shoe, woman's sandal, woman's boot, hiking boot, flat shoe,
         ballet shoes, thong sandal""",
+        family=WORN,
     ),
     _kind(
         "building",
@@ -184,6 +197,7 @@ KINDS: tuple[Kind, ...] = (
         CONCEPTUAL,
         """spaghetti, sushi, hamburger, pizza, hot dog, taco, burrito, sandwich, curry rice, green salad, bento box,
         rice ball, stuffed flatbread, pancakes, french fries""",
+        family=FOOD,
     ),
     _kind("reptile", "a reptile", "reptiles", ANIMAL, "crocodile, turtle, snake, lizard, T-Rex, sauropod"),
     _kind(
@@ -207,23 +221,45 @@ KINDS: tuple[Kind, ...] = (
         "",
         "",
         CONCEPTUAL,
-        """tomato, olive, avocado, peanuts, chestnut, ginger root, beans, mushroom, cactus, palm tree, evergreen tree,
-        deciduous tree, potted plant, herb, four leaf clover, maple leaf, sheaf of rice, spiral shell, spider web,
-        bread, croissant, baguette bread, pretzel, bagel, waffle, cheese wedge, meat on bone, poultry leg, bacon, egg,
-        popcorn, butter, fried shrimp, dango, dumpling, fortune cookie, honey pot, teapot, baby bottle, spoon,
-        kitchen knife, chopsticks, jar, amphora,
-        bell, anchor, balloon, door, toilet, bathtub, bed, chair, window, mirror, shopping cart, soap, toothbrush,
-        sponge, bucket, basket, razor, plunger, fire extinguisher, safety pin,
-        crown, top hat, woman's hat, graduation cap, billed cap, glasses, sunglasses, goggles, ring, lipstick, umbrella,
-        bomb, shield, bow and arrow, magnet, ladder, gear, key, balance scale, syringe, pill, stethoscope, microscope,
-        telescope, thermometer, test tube, candle, light bulb, flashlight, closed book, open book, books, newspaper,
-        scroll, pencil, fountain pen, paintbrush, crayon, paperclip, pushpin, straight ruler, envelope, package,
-        postbox, watch, alarm clock, stopwatch, hourglass done, battery, electric plug, floppy disk, microphone, headphone,
-        megaphone, trophy, teddy bear, game die, puzzle piece, nesting dolls, crystal ball, magic wand, kite, yo-yo,
-        joystick, video game, boxing glove, ice skate, skateboard, roller skate, fishing pole, tennis, bowling,
-        badminton, ping pong, skis, sled, thread, yarn, artist palette, wrapped gift, ribbon, Christmas tree,
-        jack-o-lantern, coin, credit card, moai, coffin, barber pole, fountain, ferris wheel, circus tent, tent, fuel pump,
-        vertical traffic light, stop sign, wheel, parachute, ring buoy, snowman, snowflake, fire, rainbow""",
+        """tomato, olive, avocado, peanuts, chestnut, ginger root, beans, bread, croissant, baguette bread, pretzel, bagel,
+        waffle, cheese wedge, meat on bone, poultry leg, bacon, egg, popcorn, butter, fried shrimp, dango, dumpling,
+        fortune cookie, honey pot""",
+        family=FOOD,
+    ),
+    _kind(
+        "",
+        "",
+        "",
+        CONCEPTUAL,
+        """mushroom, cactus, palm tree, evergreen tree, deciduous tree, potted plant, herb, four leaf clover, maple leaf,
+        sheaf of rice""",
+        family=PLANTS,
+    ),
+    _kind(
+        "",
+        "",
+        "",
+        CONCEPTUAL,
+        "crown, top hat, woman's hat, graduation cap, billed cap, glasses, sunglasses, goggles, ring",
+        family=WORN,
+    ),
+    _kind(
+        "",
+        "",
+        "",
+        CONCEPTUAL,
+        """spiral shell, spider web, teapot, baby bottle, spoon, kitchen knife, chopsticks, jar, amphora, bell, anchor,
+        balloon, door, toilet, bathtub, bed, chair, window, mirror, shopping cart, soap, toothbrush, sponge, bucket,
+        basket, razor, plunger, fire extinguisher, safety pin, lipstick, umbrella, bomb, shield, bow and arrow, magnet,
+        ladder, gear, key, balance scale, syringe, pill, stethoscope, microscope, telescope, thermometer, test tube,
+        candle, light bulb, flashlight, closed book, open book, books, newspaper, scroll, pencil, fountain pen,
+        paintbrush, crayon, paperclip, pushpin, straight ruler, envelope, package, postbox, watch, alarm clock,
+        stopwatch, hourglass done, battery, electric plug, floppy disk, microphone, headphone, megaphone, trophy,
+        teddy bear, game die, puzzle piece, nesting dolls, crystal ball, magic wand, kite, yo-yo, joystick, video game,
+        boxing glove, ice skate, skateboard, roller skate, fishing pole, tennis, bowling, badminton, ping pong, skis,
+        sled, thread, yarn, artist palette, wrapped gift, ribbon, Christmas tree, jack-o-lantern, coin, credit card,
+        moai, coffin, barber pole, fountain, ferris wheel, circus tent, tent, fuel pump, vertical traffic light,
+        stop sign, wheel, parachute, ring buoy, snowman, snowflake, fire, rainbow""",
     ),
 )
 
