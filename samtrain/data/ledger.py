@@ -15,6 +15,7 @@ from typing import Any, BinaryIO
 from samtrain.core.errors import CheckpointError
 
 _START = hashlib.blake2b(b"samtrain ledger 1", digest_size=16).hexdigest()
+_WAY_OUT = "restore the ledger that belongs to the checkpoint, or start a new run in another output_dir"
 
 
 class Ledger:
@@ -37,6 +38,8 @@ class Ledger:
         """
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
+        if resume_step and not path.exists():
+            raise CheckpointError(f"{path}: missing; {_WAY_OUT}")
         stream = open(path, "r+b" if path.exists() else "w+b")  # noqa: SIM115 (closed by close)
         try:
             digest = _START
@@ -91,13 +94,14 @@ def _advance(digest: str, step: int, used: Sequence[str], skipped: Mapping[str, 
 
 def _verified(line: bytes, digest: str, *, step: int, path: Path) -> str:
     """The digest after a stored line, which must be that of `step`."""
-    way_out = "restore the ledger that belongs to the checkpoint, or start a new run in another output_dir"
     try:
+        if not line.endswith(b"\n"):
+            raise ValueError("the file ends here")
         values: Any = json.loads(line)
         found = (values["step"], values["digest"])
         expected = (step, _advance(digest, step, values["keys"], values["skipped"]))
     except (ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{path}: the line of step {step} is missing or torn ({error!r}); {way_out}") from None
+        raise CheckpointError(f"{path}: the line of step {step} is missing or torn ({error!r}); {_WAY_OUT}") from None
     if found != expected:
-        raise CheckpointError(f"{path}: step {step}: step and hash {found}, expected {expected}; {way_out}")
+        raise CheckpointError(f"{path}: step {step}: step and hash {found}, expected {expected}; {_WAY_OUT}")
     return expected[1]

@@ -61,9 +61,9 @@ def _groups(path: Path, stream: BinaryIO) -> list[_Group]:
                 name = member.name.removeprefix("./")
                 if not member.isreg() or member.issparse():
                     raise DataError(f"{path}: {name}: not a plain file; links are never followed")
-                folder, _, base = name.rpartition("/")
+                folder, slash, base = name.rpartition("/")
                 stem, _, extension = base.partition(".")
-                key = f"{folder}/{stem}" if folder else stem
+                key = folder + slash + stem
                 check_key(key, where=str(path))
                 if not groups or groups[-1].key != key:
                     if key in seen:

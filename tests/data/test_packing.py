@@ -1,0 +1,97 @@
+import random
+import re
+
+import pytest
+
+from samtrain.core.errors import DataError
+from samtrain.data.packing import SampleSize, check_fits, deal, pack
+
+WORLD_SIZES = (1, 2, 3, 4, 5, 8)
+
+
+def random_sizes(seed, count=24):
+    draw = random.Random(seed)
+    return [SampleSize(f"s{i}", draw.randint(10, 90), draw.randint(0, 5)) for i in range(count)]
+
+
+def packed(sizes):
+    return pack(sizes, max_tokens=200, max_images=9)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_packs_hold_every_sample_once_within_both_budgets(seed):
+    sizes = random_sizes(seed)
+    packs = packed(sizes)
+    assert sorted(i for p in packs for i in p) == list(range(24))
+    for p in packs:
+        assert sum(sizes[i].num_tokens for i in p) <= 200
+        assert sum(sizes[i].num_images for i in p) <= 9
+
+
+def test_packs_are_no_more_than_twice_the_least_possible():
+    for seed in range(20):
+        sizes = random_sizes(seed)
+        least = max(sum(s.num_tokens for s in sizes) / 200, sum(s.num_images for s in sizes) / 9)
+        assert len(packed(sizes)) <= 1.5 * least + 1
+
+
+@pytest.mark.parametrize(("tokens", "images"), [(201, 1), (20, 10), (300, 20)])
+def test_a_sample_over_budget_is_named_with_counts_and_keys(tokens, images):
+    size = SampleSize("big", tokens, images)
+    message = re.escape(
+        f"big: {tokens} tokens (data.max_tokens = 200) and {images} images (data.max_images = 9): raise"
+    )
+    with pytest.raises(DataError, match=message):
+        packed([SampleSize("small", 1, 1), size])
+    check_fits(SampleSize("fits", 200, 9), max_tokens=200, max_images=9)
+
+
+@pytest.mark.parametrize("world_size", WORLD_SIZES)
+@pytest.mark.parametrize("seed", range(10))
+def test_every_rank_gets_equally_many_places_and_every_sample_is_dealt_once(seed, world_size):
+    sizes = random_sizes(seed)
+    hands = deal(packed(sizes), sizes, world_size=world_size)
+    assert len({len(hand) for hand in hands}) == 1 and len(hands) == world_size
+    assert sorted(i for hand in hands for p in hand if p for i in p) == list(range(24))
+    for hand in hands:
+        for p in hand:
+            assert sum(sizes[i].num_tokens for i in p or ()) <= 200
+
+
+def test_costs_are_balanced_over_ranks():
+    for seed in range(10):
+        sizes = random_sizes(seed, count=64)
+        hands = deal(packed(sizes), sizes, world_size=4)
+        loads = [sum(sizes[i].cost for p in hand for i in p or ()) for hand in hands]
+        assert max(loads) < 1.15 * sum(loads) / 4
+
+
+def test_packs_that_run_at_the_same_time_cost_alike():
+    sizes = [SampleSize(f"s{i}", 100, 0) for i in range(2)] + [SampleSize(f"t{i}", 1, 0) for i in range(2)]
+    assert deal([[0], [1], [2], [3]], sizes, world_size=2) == [[[0], [3]], [[1], [2]]] or deal(
+        [[0], [1], [2], [3]], sizes, world_size=2
+    ) == [[[0], [2]], [[1], [3]]]
+
+
+def test_one_pack_is_shared_before_a_rank_idles():
+    sizes = [SampleSize(f"s{i}", 10, 1) for i in range(8)]
+    packs = packed(sizes)
+    assert len(packs) == 1
+    for world_size in (2, 3, 8):
+        hands = deal(packs, sizes, world_size=world_size)
+        assert all(len(hand) == 1 and hand[0] for hand in hands)
+
+
+def test_fillers_stand_where_samples_ran_out():
+    sizes = [SampleSize("a", 10, 3), SampleSize("b", 10, 1)]
+    assert deal(packed(sizes), sizes, world_size=4) == [[[0]], [[1]], [None], [None]]
+
+
+def test_a_step_without_a_usable_sample_is_one_filler_on_every_rank():
+    assert deal(pack([], max_tokens=9, max_images=9), [], world_size=3) == [[None], [None], [None]]
+
+
+def test_images_and_image_pairs_cost():
+    plain, one, two = (SampleSize("s", 100, n) for n in (0, 1, 2))
+    assert plain.cost < one.cost
+    assert two.cost - one.cost > one.cost - plain.cost

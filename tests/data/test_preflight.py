@@ -1,0 +1,70 @@
+import pytest
+
+from samtrain.core.errors import DataError
+from samtrain.data.index import ShardIndex
+from samtrain.data.preflight import check_budgets, largest_pack, largest_sample
+from samtrain.data.shards import ShardWriter
+
+
+class Counting:
+    """Counts the records that are encoded."""
+
+    def __init__(self, encoder):
+        self.encoder, self.encoded = encoder, []
+
+    def __getattr__(self, name):
+        return getattr(self.encoder, name)
+
+    def encode(self, *, key, **values):
+        self.encoded.append(key)
+        return self.encoder.encode(key=key, **values)
+
+
+def all_sizes(index, encoder):
+    for i in range(len(index)):
+        record = index.read_record(i)
+        text = encoder.encode(
+            key=record.key,
+            instruction=record.instruction,
+            output=record.output,
+            num_images=len(record.images),
+        )
+        yield text.num_tokens, record.key, len(record.images)
+
+
+def test_the_largest_sample_is_the_largest_of_all(fifty, encoder):
+    found = largest_sample(fifty, encoder)
+    assert found["num_tokens"] == max(all_sizes(fifty, encoder))[0]
+    assert (found["num_tokens"], found["key"], found["num_images"]) in all_sizes(fifty, encoder)
+
+
+def test_the_largest_sample_is_found_where_bytes_mislead(tmp_path, encoder):
+    with ShardWriter(tmp_path) as writer:
+        writer.write(key="long-word", task="t", instruction="x" * 500, output="y", images=[])
+        writer.write(key="many-words", task="t", instruction="x " * 60, output="y", images=[])
+        for i in range(20):
+            writer.write(key=f"small-{i}", task="t", instruction="x", output="y", images=[])
+    counting = Counting(encoder)
+    assert largest_sample(ShardIndex.load(tmp_path), counting)["key"] == "many-words"
+    assert not any(key.startswith("small") for key in counting.encoded)
+
+
+def test_budgets_that_fit_are_accepted_exactly(fifty, encoder, options):
+    largest = largest_sample(fifty, encoder)["num_tokens"]
+    check_budgets(fifty, encoder, options.model_copy(update={"max_tokens": largest, "max_images": 5}))
+    with pytest.raises(DataError, match=rf"fifty-\d+: {largest} tokens \(data\.max_tokens = {largest - 1}\)"):
+        check_budgets(fifty, encoder, options.model_copy(update={"max_tokens": largest - 1}))
+    with pytest.raises(DataError, match=r"and 5 images \(data\.max_images = 4\): raise the budget"):
+        check_budgets(fifty, encoder, options.model_copy(update={"max_images": 4}))
+
+
+def test_a_generous_budget_encodes_no_sample(fifty, encoder, options):
+    counting = Counting(encoder)
+    check_budgets(fifty, counting, options.model_copy(update={"max_tokens": 2048}))
+    assert set(counting.encoded) == {"(empty)"}
+
+
+def test_the_largest_pack_fills_a_budget(fifty, encoder, options):
+    batch = largest_pack(fifty, encoder, options)
+    assert batch.num_images > options.max_images - 5 or batch.num_tokens > options.max_tokens * 0.7
+    assert batch.num_images <= options.max_images and batch.num_tokens <= options.max_tokens
