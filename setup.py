@@ -6,18 +6,19 @@ from setuptools import find_packages, setup
 setup(
     name="samtrain",
     version="0.1.0",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
     description="Distributed training of multi-image multimodal LLMs with Semantic Alignment (arXiv 2408.12867)",
     python_requires=">=3.11",
     packages=find_packages(include=["samtrain", "samtrain.*"]) + find_packages("kernels"),
     package_dir={"samtrain": "samtrain", "samtrain_kernels": "kernels/samtrain_kernels"},
-    package_data={"samtrain": ["py.typed"], "samtrain_kernels": ["py.typed"]},
+    package_data={"samtrain": ["py.typed"], "samtrain_kernels": ["py.typed", "*/configs/*.json"]},
     install_requires=[
         "torch>=2.11",
         "transformers>=5.17",
         "deepspeed>=0.19.8",
         "accelerate>=1.15",
         "peft>=0.21",
-        "timm>=1.0",
         "safetensors",
         "tokenizers",
         "webdataset>=1.0.2",
@@ -35,10 +36,19 @@ setup(
         "psutil",
     ],
     extras_require={
-        # The packaged sources of the mini recipe: art renderer, segmenter runtime, GGUF reader.
-        "mini": ["resvg-py==0.5.0", "onnxruntime>=1.32", "gguf", "pypatchmatch==2.2.0"],
-        "gpu": ["flash-attn", "liger-kernel>=0.8.5"],
-        "dev": ["pytest>=9.2", "pytest-timeout", "ruff", "mypy", "types-PyYAML"],
+        # What the mini recipe needs besides: art renderer, GGUF reader. The Makefile adds the packaged models.
+        "mini": ["resvg-py==0.5.0", "gguf"],
+        "gpu": ["liger-kernel>=0.8.5"],
+        "flash": ["flash-attn"],  # source only: compiles against an installed CUDA torch
+        "dev": [
+            "pytest>=9.2",
+            "pytest-timeout",
+            "ruff",
+            "mypy",
+            "types-PyYAML",
+            "triton; sys_platform == 'linux'",
+            "wids",
+        ],
     },
     entry_points={"console_scripts": ["samtrain = samtrain.cli:main"]},
 )

