@@ -11,6 +11,8 @@ class ZeroOptions(Options):
     """DeepSpeed ZeRO-3.
 
     frozen_towers: `partitioned` over the ranks, or `replicated` on each (no gather per call, more memory).
+        With `offload: all` they are always partitioned.
+    offload: keep the optimizer (and its fp32 weights), or all weights too, in host memory.
     """
 
     frozen_towers: Literal["partitioned", "replicated"] = "replicated"

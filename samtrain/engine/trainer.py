@@ -15,6 +15,7 @@ from typing import Any
 from samtrain.core.batch import GlobalStep, PackedBatch
 from samtrain.core.distributed import all_gather_object
 from samtrain.core.errors import Terminated, TrainingError
+from samtrain.core.stopping import stop_requested
 from samtrain.engine.callbacks import Callback
 from samtrain.engine.checkpoint import Checkpointer
 from samtrain.engine.meter import Meter
@@ -66,7 +67,7 @@ class Trainer:
         self.warmup_batch = warmup_batch
         self.meter = Meter(device=engine.device, world_size=engine.world_size)
         self._stop_reason: str | None = None
-        self._saved_step: int | None = None
+        self._saved_step: int | None = state.global_step or None  # a resumed state comes from its checkpoint
         self._evaluated: tuple[int, dict[str, float]] | None = None
 
     def fit(self) -> TrainState:
@@ -102,6 +103,12 @@ class Trainer:
             for callback in self.callbacks:
                 callback.on_train_end(self.state, status)
         return self.state
+
+    def _must_stop(self) -> bool:
+        """Asked through this object, or through the process (a signal before `fit`, or the Ray launcher)."""
+        if self._stop_reason is None and stop_requested():
+            self._stop_reason = "SIGTERM"
+        return self._stop_reason is not None
 
     def request_stop(self, reason: str) -> None:
         """Stop all ranks after a step, with a checkpoint; callable from any thread and from signal handlers."""
@@ -145,7 +152,7 @@ class Trainer:
         factor = learning_rate_factor(self.state.global_step, self.options, self.total_steps)
         self.engine.set_learning_rate(factor)
         result = run_step(
-            self.engine, step, step_number=number, stop_requested=self._stop_reason is not None, watchdog=self.watchdog
+            self.engine, step, step_number=number, stop_requested=self._must_stop(), watchdog=self.watchdog
         )
         self.meter.add_step(result.loss_sum, result.counts)
         self._advance(step, result.counts)

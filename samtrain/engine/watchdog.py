@@ -63,10 +63,16 @@ class Watchdog:
             report = self._report(phase, step, keys, since)
             sys.stderr.write(report)
             sys.stderr.flush()
-            self.report_path.parent.mkdir(parents=True, exist_ok=True)
-            self.report_path.write_text(report)
+            # Aside: a file system that hangs too, perhaps the cause of it all, must not keep the process.
+            writer = threading.Thread(target=self._write, args=(report,), daemon=True)
+            writer.start()
+            writer.join(10.0)
         finally:
             os._exit(1)  # the hanging thread cannot be interrupted
+
+    def _write(self, report: str) -> None:
+        self.report_path.parent.mkdir(parents=True, exist_ok=True)
+        self.report_path.write_text(report)
 
     def _report(self, phase: str, step: int, keys: Sequence[str], since: float) -> str:
         lines = [

@@ -219,10 +219,9 @@ class Engine:
         """Make what was written into `fragments()` take effect: Adam's counters, and the module's own parameters."""
         for flat in self._zero.fp32_partitioned_groups_flat:
             self._zero.optimizer.state[flat]["step"].fill_(float(optimizer_step))
-        self._zero._partition_all_parameters()  # whole copies that are kept are stale now
+        self._zero._partition_all_parameters()  # whole copies are stale; the next forward gathers new ones
         for group in range(len(self._zero.fp16_groups)):
             self._zero._reassign_or_swap_out_partitioned_parameters(group)
-        _gather_persistent(self._zero)
 
     def optimizer_step(self) -> int:
         """How many updates Adam has made."""
@@ -268,7 +267,10 @@ def initialize(
     if any(not hasattr(parameter, "ds_id") for parameter in module.parameters()):
         deepspeed.zero.Init(module=module, config_dict_or_path=config, dtype=DTYPES[options.precision])
     frozen = [parameter for _, parameter in _named_parameters(module, trainable=False)]
-    is_replicated = options.zero.frozen_towers == "replicated" and dist.get_world_size() > 1
+    # With offload: all, parameters live on the host, and only a partition is worth keeping there.
+    is_replicated = (
+        options.zero.frozen_towers == "replicated" and options.zero.offload != "all" and dist.get_world_size() > 1
+    )
     if is_replicated and frozen:
         _replicate(frozen)
     optimizer = torch.optim.AdamW(
@@ -285,7 +287,6 @@ def initialize(
     if is_replicated:
         kept = {id(parameter) for parameter in deepspeed_engine.optimizer.persistent_parameters}
         deepspeed_engine.optimizer.persistent_parameters.extend(p for p in frozen if id(p) not in kept)
-    _gather_persistent(deepspeed_engine.optimizer)
     _allocate_optimizer_state(deepspeed_engine.optimizer)
     return Engine(deepspeed_engine, options=options, device=device)
 
@@ -316,12 +317,6 @@ def _replicate(parameters: list[Any]) -> None:
         parameter.ds_persist = True
         parameter.ds_tensor = None
         parameter.partition()
-
-
-def _gather_persistent(zero_optimizer: Any) -> None:
-    persistent = zero_optimizer.persistent_parameters
-    if persistent:
-        persistent[0].all_gather(persistent)
 
 
 def _allocate_optimizer_state(zero_optimizer: Any) -> None:

@@ -4,6 +4,7 @@ Legend: T tokens, I images, D width. The tiny model honours the batch contract: 
 with a zero-weighted dummy where there is no image.
 """
 
+import itertools
 import json
 import os
 import resource
@@ -15,6 +16,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from samtrain.core.batch import IGNORE_INDEX, GlobalStep, ImageGroups, PackedBatch
 from samtrain.core.errors import SamtrainError
@@ -28,7 +30,7 @@ from samtrain.engine.options import TrainOptions
 from samtrain.engine.state import TrainState
 from samtrain.engine.trainer import Trainer
 
-CONFIG: dict
+CONFIG: dict = globals()["CONFIG"]
 IMAGE_TOKEN, VOCABULARY, WIDTH, IMAGES_PER_SAMPLE = 31, 32, 8, (3, 1, 0, 2, 0, 1)
 
 
@@ -37,8 +39,9 @@ class Output(dict):
 
 
 class TinyModel(nn.Module):
-    def __init__(self, tower_width: int = WIDTH) -> None:
+    def __init__(self, tower_width: int = WIDTH, *, is_checkpointed: bool = False) -> None:
         super().__init__()
+        self.is_checkpointed = is_checkpointed
         self.query = nn.Parameter(torch.full((1, WIDTH), 0.1))
         self.embedding = nn.Embedding(VOCABULARY, WIDTH)
         self.tower = nn.Sequential(nn.Linear(12, tower_width), nn.Tanh(), nn.Linear(tower_width, WIDTH))
@@ -49,7 +52,9 @@ class TinyModel(nn.Module):
         is_image = input_ids == IMAGE_TOKEN
         dummy = not len(pixel_values)
         pixels = pixel_values.new_zeros(1, 3, 2, 2) if dummy else pixel_values
-        features = self.tower(pixels.flatten(1).to(self.query.dtype)) + self.query  # [I, D]
+        pixels = pixels.flatten(1).to(self.query.dtype)
+        features = checkpoint(self.tower, pixels, use_reentrant=False) if self.is_checkpointed else self.tower(pixels)
+        features = features + self.query  # [I, D]
         hidden = self.embedding(input_ids)  # [T, D]
         if dummy:
             hidden = hidden + 0.0 * features.sum()
@@ -86,7 +91,7 @@ def pack(step: int, slots: list[int]) -> PackedBatch:
         pixel_values=torch.cat(pixels),
         qformer_input_ids=torch.ones(num_samples, 1, dtype=torch.int64),
         qformer_attention_mask=torch.ones(num_samples, 1, dtype=torch.int64),
-        image_groups=ImageGroups.from_counts([b - a for a, b in zip(images, images[1:])]),
+        image_groups=ImageGroups.from_counts([b - a for a, b in itertools.pairwise(images)]),
         image_token_id=IMAGE_TOKEN,
         num_query_tokens=1,
         keys=tuple(f"s{step}.{slot}" for slot in slots),
@@ -160,7 +165,15 @@ class Recorder(Callback):
         self.write(event="end", status=status)
 
 
-def build_engine(chosen: TrainOptions, *, frozen: list[str], tower_width: int = WIDTH, construct: bool = True, seed=7):
+def build_engine(
+    chosen: TrainOptions,
+    *,
+    frozen: list[str],
+    tower_width: int = WIDTH,
+    construct: bool = True,
+    seed=7,
+    is_checkpointed=False,
+):
     from contextlib import nullcontext
 
     from samtrain.engine import zero
@@ -169,7 +182,7 @@ def build_engine(chosen: TrainOptions, *, frozen: list[str], tower_width: int = 
     zero.init_distributed(device, timeout_seconds=chosen.timeout_seconds)
     seed_everything(seed)
     with zero.partitioned_construction(chosen)() if construct else nullcontext():
-        model = TinyModel(tower_width).to(zero.DTYPES[chosen.precision])
+        model = TinyModel(tower_width, is_checkpointed=is_checkpointed).to(zero.DTYPES[chosen.precision])
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(not name.startswith(tuple(frozen)) if frozen else True)
     groups = build_parameter_groups(model.named_parameters(), chosen, part_of)
@@ -177,15 +190,23 @@ def build_engine(chosen: TrainOptions, *, frozen: list[str], tower_width: int = 
 
 
 def train(
-    *, output_dir, total_steps=4, frozen=(), tower_width=WIDTH, construct=True, seed=7, resume=None, warm_up=False,
-    evaluate_every=None, signals=None, limit_file_size_after=None, nan_at=None, hang=(), count_gathers=False, **changes
+    *, output_dir, total_steps=4, frozen=(), tower_width=WIDTH, construct=True, seed=7, is_checkpointed=False,
+    resume=None, warm_up=False, evaluate_every=None, signals=None, limit_file_size_after=None, nan_at=None, hang=(),
+    count_gathers=False, **changes
 ):  # fmt: skip
     """The whole loop; returns the losses and the weights of rank 0."""
     from samtrain.engine import zero
 
     rank, world_size = CONFIG["rank"], CONFIG["world_size"]
     chosen = options(eval_steps=evaluate_every, **changes)
-    engine = build_engine(chosen, frozen=list(frozen), tower_width=tower_width, construct=construct, seed=seed)
+    engine = build_engine(
+        chosen,
+        frozen=list(frozen),
+        tower_width=tower_width,
+        construct=construct,
+        seed=seed,
+        is_checkpointed=is_checkpointed,
+    )
     output_dir = Path(output_dir)
     checkpointer = Checkpointer(engine, output_dir, recipe_yaml="name: tiny\n", save_total_limit=2, part_of=part_of)
     found = find_resume(output_dir, resume)
@@ -216,7 +237,8 @@ def train(
     finally:
         assert signal.getsignal(signal.SIGTERM) is before
     assert engine.module.training
-    result = {"gathered": gathers and gathers["elements"], "state": state.to_dict()}
+    is_resident = [p.ds_status.name == "AVAILABLE" for p in engine.module.parameters() if not p.requires_grad]
+    result = {"is_resident": is_resident, "gathered": gathers and gathers["elements"], "state": state.to_dict()}
     result["weights"] = {n: w.tolist() for n, w in zero.consolidated(engine.module) if w is not None}
     result["first"] = first
     return result

@@ -32,7 +32,7 @@ def oracle(launch):
 
 @pytest.fixture(scope="module")
 def runs(launch, tmp_path_factory):
-    """The same four steps on one, two and three ranks; two of them after a warm-up, one without zero.Init."""
+    """The same four steps on one, two and three ranks; after a warm-up, checkpointed, or without zero.Init."""
     found = {}
     for world_size in (1, 2, 3):
         folder = tmp_path_factory.mktemp("update") / str(world_size)
@@ -42,7 +42,7 @@ def runs(launch, tmp_path_factory):
             output_dir=str(folder),
             warm_up=world_size > 1,
             construct=world_size != 3,
-            # Without zero.Init, rank 0's values count: the others' seed may differ.
+            is_checkpointed=world_size == 2,
         ).check()
         found[world_size] = (folder, outcome.results[0])
     return found
@@ -104,6 +104,8 @@ def test_replicated_frozen_tower_is_never_communicated_and_changes_nothing(launc
         )
         results[mode] = outcome.check().results[0]
     plain = launch("oracle", world_size=1, frozen=["tower"]).check().results[0]
+    assert results["replicated"]["is_resident"] == [True] * 4  # not even a pointer moves per call
+    assert results["partitioned"]["is_resident"] == [False] * 4
     assert losses(tmp_path / "partitioned") == losses(tmp_path / "replicated")
     assert results["partitioned"]["weights"] == results["replicated"]["weights"]
     assert losses(tmp_path / "replicated") == pytest.approx(plain["losses"], rel=LOSS_TOLERANCE)
@@ -113,13 +115,14 @@ def test_replicated_frozen_tower_is_never_communicated_and_changes_nothing(launc
     assert difference == num_micro_batches * tower
 
 
-def test_evaluation_is_weighted_by_tokens_over_ranks(launch, tmp_path):
+def test_evaluation_is_weighted_by_tokens_over_ranks(launch, tmp_path, oracle):
     found = {}
     for world_size in (1, 2):
         folder = tmp_path / str(world_size)
         launch("train", world_size=world_size, output_dir=str(folder), evaluate_every=2, total_steps=3).check()
         found[world_size] = [line["metrics"] for line in records(folder, "evaluate")]
     assert len(found[1]) == 2  # after step 2, and at the end
+    assert losses(tmp_path / "1")[:2] == pytest.approx(oracle["losses"][:2], rel=LOSS_TOLERANCE)  # training goes on
     for one, two in zip(found[1], found[2]):
         assert one["eval/loss"] == pytest.approx(two["eval/loss"], rel=1e-5)
         assert one["eval/num_label_tokens"] == two["eval/num_label_tokens"] > 0
