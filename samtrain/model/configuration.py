@@ -44,9 +44,9 @@ class SamMllmConfig(PretrainedConfig):
             "text_config": SubConfigSpec(AutoConfig, model_type="llama"),
         }
 
-    vision_config: dict[str, Any] | PretrainedConfig | None = None
-    qformer_config: dict[str, Any] | PretrainedConfig | None = None
-    text_config: dict[str, Any] | PretrainedConfig | None = None
+    vision_config: Any = None  # a configuration, or its dictionary; a configuration from __post_init__ on
+    qformer_config: Any = None
+    text_config: Any = None
     num_query_tokens: int = 32
     guidance_mode: str = "bidirectional"
     guidance_context: str = "others"

@@ -50,7 +50,7 @@ class EfficientNetLiteModel(PreTrainedModel):
     config_class = EfficientNetLiteConfig
     base_model_prefix = "backbone"
     main_input_name = "pixel_values"
-    _no_split_modules = ("_Block",)
+    _supports_sdpa = True  # it has no attention: any implementation will do
 
     def __init__(self, config: EfficientNetLiteConfig) -> None:
         super().__init__(config)

@@ -18,9 +18,12 @@ Legend: I images, S samples, N most images of a sample, P patches, C width of th
 Q-Former, Q query tokens, Tq text tokens, R rows of the W stream (I, or S while all images of a sample share it).
 """
 
+from typing import Any
+
 import torch
 from samtrain_kernels import image_mix_weights, mix_images
 from torch import Tensor, nn
+from transformers import InstructBlipQFormerModel
 
 from samtrain.core.batch import ImageGroups
 from samtrain.core.errors import BatchError
@@ -60,7 +63,7 @@ class Guidance(nn.Module):
                     "raise model.guidance.max_images"
                 )
             features = features + self.order_embedding(groups.slot_of_image)[:, None, :]
-        tables = {
+        tables: dict[str, Any] = {
             "group_of_image": groups.group_of_image,
             "slot_of_image": groups.slot_of_image,
             "images_of_group": groups.images_of_group,
@@ -72,7 +75,7 @@ class Guidance(nn.Module):
 
 
 def extract_visual_tokens(
-    qformer: nn.Module,
+    qformer: InstructBlipQFormerModel,
     guidance: Guidance | None,
     *,
     config: SamMllmConfig,
@@ -88,7 +91,7 @@ def extract_visual_tokens(
     ZeRO-3 every rank must make the same calls.
 
     Args:
-        qformer: an `InstructBlipQFormerModel`; its embeddings and layers are called directly.
+        qformer: its embeddings and layers are called directly.
         query_tokens: [1, Q, D]. features: F, [I, P, C], I >= 1.
         input_ids, attention_mask: [S, Tq] int64, the instruction; Tq >= 1.
 

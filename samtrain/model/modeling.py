@@ -18,7 +18,7 @@ from transformers.generation.logits_process import LogitsProcessorList, Repetiti
 from transformers.utils import ModelOutput
 
 from samtrain.core.batch import IGNORE_INDEX, ImageGroups
-from samtrain.core.errors import BatchError
+from samtrain.core.errors import BatchError, ConfigError
 from samtrain.model.configuration import SamMllmConfig
 from samtrain.model.freezing import keep_frozen_parts_in_eval
 from samtrain.model.guidance import Guidance, extract_visual_tokens
@@ -53,10 +53,10 @@ class SamMllmOutput(ModelOutput):
 class SamMllmForConditionalGeneration(PreTrainedModel):
     """Several images and a text in, text out; images of a sample guide each other's extraction."""
 
+    config: SamMllmConfig
     config_class = SamMllmConfig
     base_model_prefix = ""
     main_input_name = "pixel_values"
-    input_modalities = ("image", "text")
     supports_gradient_checkpointing = True
     _supports_sdpa = True
     _supports_flash_attn = True
@@ -262,7 +262,7 @@ class SamMllmForConditionalGeneration(PreTrainedModel):
         return groups.to(device), pixel_values, text_ids, text_mask
 
     def _check_image_tokens(self, input_ids: Tensor, groups: ImageGroups) -> None:
-        found = (input_ids == self.config.image_token_id).sum(1).tolist()
+        found = self._is_image(input_ids).sum(1).tolist()
         images = groups.valid.sum(1).tolist()
         num_queries = self.config.num_query_tokens
         for row, (tokens, count) in enumerate(zip(found, images)):
@@ -273,9 +273,14 @@ class SamMllmForConditionalGeneration(PreTrainedModel):
                     f"{count * num_queries}"
                 )
 
+    def _is_image(self, input_ids: Tensor) -> Tensor:
+        if self.config.image_token_id is None:
+            raise ConfigError("the model's config has no image_token_id; take it from its processor")
+        return input_ids.eq(self.config.image_token_id)
+
     def _embed(self, input_ids: Tensor, visual_tokens: Tensor) -> Tensor:
         """[B, T, E]: text embeddings, image places filled with visual tokens [I, Q, E] in order."""
-        is_image = input_ids == self.config.image_token_id
+        is_image = self._is_image(input_ids)
         # The image token may lie beyond the vocabulary (its embedding is never read), so another one stands in for it.
         embeddings = self.get_input_embeddings()(input_ids.masked_fill(is_image, 0))
         return embeddings.masked_scatter(is_image[:, :, None], visual_tokens.to(embeddings.dtype))

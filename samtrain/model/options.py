@@ -35,6 +35,7 @@ class GuidanceOptions(Options):
     initial_layer (l): before this layer the Q stream steers the W stream. contextual_layer (k >= l): there the W
         stream guides the Q stream.
     order_embedding: ours, not the paper's: a learned embedding of the image's place, read by the W-Former only.
+    model_name_or_path: a file or folder with guidance weights, under our names or the authors'.
     """
 
     mode: Literal["bidirectional", "none"] = "bidirectional"
@@ -43,6 +44,7 @@ class GuidanceOptions(Options):
     contextual_layer: int = Field(default=11, ge=1)
     order_embedding: bool = False
     max_images: int = Field(default=16, ge=1)  # rows of the order embedding
+    model_name_or_path: str | None = None
 
     @model_validator(mode="after")
     def _ordered(self) -> "GuidanceOptions":

@@ -48,12 +48,13 @@ class SamMllmProcessor(ProcessorMixin):
                 f"the LLM tokenizer {tokenizer.name_or_path!r} has no eos token; answers must end with one"
             )
         super().__init__(image_processor, tokenizer, qformer_tokenizer)
+        self.qformer_tokenizer = qformer_tokenizer
         self.num_query_tokens = num_query_tokens
         self.image_layout = image_layout
         self.max_instruction_tokens = max_instruction_tokens
         self.max_output_tokens = max_output_tokens
         self.max_text_tokens = max_text_tokens
-        self.image_token_id: int = tokenizer.convert_tokens_to_ids(IMAGE_PLACEHOLDER)
+        self.image_token_id = int(tokenizer.convert_tokens_to_ids(IMAGE_PLACEHOLDER))  # type: ignore[arg-type]
         self.eos_token_id: int = tokenizer.eos_token_id
         self.pad_token_id: int = self.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
         self.qformer_pad_token_id: int = qformer_tokenizer.pad_token_id or 0
@@ -116,7 +117,7 @@ class SamMllmProcessor(ProcessorMixin):
             "qformer_attention_mask": text_mask,
         }
 
-    def __call__(  # type: ignore[override]
+    def __call__(
         self,
         images: list[Image.Image] | list[list[Image.Image]] | None = None,
         text: str | list[str] | None = None,
@@ -185,6 +186,15 @@ class SamMllmProcessor(ProcessorMixin):
     @staticmethod
     def _ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
         return tokenizer(text, add_special_tokens=False, verbose=False).input_ids if text else []
+
+
+def build_image_processor(*, image_size: int, mean: list[float], std: list[float]) -> Any:
+    """transformers' PIL image processor: direct bicubic resize to a square, 1/255, normalisation."""
+    from transformers.models.blip.image_processing_pil_blip import BlipImageProcessorPil
+
+    return BlipImageProcessorPil(
+        size={"height": image_size, "width": image_size}, resample=3, image_mean=mean, image_std=std
+    )
 
 
 def _specials_around(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
