@@ -8,14 +8,14 @@ import math
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 from samtrain.core.batch import GlobalStep, PackedBatch
 from samtrain.core.distributed import all_gather_object
 from samtrain.core.errors import Terminated, TrainingError
-from samtrain.core.stopping import stop_requested
+from samtrain.core.stopping import request_stop, stop_requested
 from samtrain.engine.callbacks import Callback
 from samtrain.engine.checkpoint import Checkpointer
 from samtrain.engine.meter import Meter
@@ -42,7 +42,7 @@ class Trainer:
     def __init__(
         self,
         engine: Engine,
-        steps: Iterator[GlobalStep],
+        steps: Iterable[GlobalStep],
         *,
         options: TrainOptions,
         total_steps: int,
@@ -54,7 +54,7 @@ class Trainer:
         warmup_batch: PackedBatch | None = None,
     ) -> None:
         self.engine = engine
-        self.steps = steps
+        self.steps = iter(steps)
         self.options = options
         self.total_steps = total_steps
         self.state = state
@@ -66,7 +66,6 @@ class Trainer:
         )
         self.warmup_batch = warmup_batch
         self.meter = Meter(device=engine.device, world_size=engine.world_size)
-        self._stop_reason: str | None = None
         self._saved_step: int | None = state.global_step or None  # a resumed state comes from its checkpoint
         self._evaluated: tuple[int, dict[str, float]] | None = None
 
@@ -93,8 +92,8 @@ class Trainer:
                         self._save()
                         status = "terminated"
                         raise Terminated(
-                            f"{self._stop_reason or 'a signal to another rank'}: stopped after step "
-                            f"{self.state.global_step} and saved; the run goes on with resume_from_checkpoint: auto"
+                            f"asked to stop: saved after step {self.state.global_step} of {self.total_steps}; "
+                            "the run goes on with train.resume_from_checkpoint=auto"
                         )
                 self._evaluate()
                 self._save()
@@ -103,16 +102,6 @@ class Trainer:
             for callback in self.callbacks:
                 callback.on_train_end(self.state, status)
         return self.state
-
-    def _must_stop(self) -> bool:
-        """Asked through this object, or through the process (a signal before `fit`, or the Ray launcher)."""
-        if self._stop_reason is None and stop_requested():
-            self._stop_reason = "SIGTERM"
-        return self._stop_reason is not None
-
-    def request_stop(self, reason: str) -> None:
-        """Stop all ranks after a step, with a checkpoint; callable from any thread and from signal handlers."""
-        self._stop_reason = reason
 
     # The moments of a step, in order.
 
@@ -152,7 +141,7 @@ class Trainer:
         factor = learning_rate_factor(self.state.global_step, self.options, self.total_steps)
         self.engine.set_learning_rate(factor)
         result = run_step(
-            self.engine, step, step_number=number, stop_requested=self._must_stop(), watchdog=self.watchdog
+            self.engine, step, step_number=number, stop_requested=stop_requested(), watchdog=self.watchdog
         )
         self.meter.add_step(result.loss_sum, result.counts)
         self._advance(step, result.counts)
@@ -236,19 +225,19 @@ class Trainer:
 
     @contextmanager
     def _listening_for_signals(self) -> Iterator[None]:
-        """SIGTERM and Ctrl-C set a flag that the ranks agree on in the next step; a second Ctrl-C ends at once.
+        """SIGTERM and Ctrl-C set the flag of `core.stopping`, on which the ranks agree in the next step.
 
-        Only the main thread may install handlers; elsewhere (a Ray worker) whoever gets the signal calls
-        `request_stop`.
+        A second Ctrl-C ends at once. Only the main thread may install handlers; a Ray worker trains in another one,
+        and its launcher sets the flag.
         """
         if threading.current_thread() is not threading.main_thread():
             yield
             return
 
         def stop(number: int, frame: Any) -> None:
-            if number == signal.SIGINT and self._stop_reason is not None:
+            if number == signal.SIGINT and stop_requested():
                 raise KeyboardInterrupt
-            self.request_stop(signal.Signals(number).name)
+            request_stop()
 
         previous = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
         try:

@@ -230,15 +230,18 @@ def train(
         checkpointer=checkpointer,
         warmup_batch=pack(99, [0, 1, 3] if rank == 0 else []) if warm_up else None,
     )
-    gathers = count_gathered_elements() if count_gathers else None
+    gathers = count_gathered_elements() if count_gathers else {"elements": 0}
     before = signal.getsignal(signal.SIGTERM)
     try:
         trainer.fit()
     finally:
         assert signal.getsignal(signal.SIGTERM) is before
     assert engine.module.training
+    gathered = gathers["elements"]
+    if count_gathers:  # a forward releases what it does not keep
+        evaluate_loss(engine, validation)
     is_resident = [p.ds_status.name == "AVAILABLE" for p in engine.module.parameters() if not p.requires_grad]
-    result = {"is_resident": is_resident, "gathered": gathers and gathers["elements"], "state": state.to_dict()}
+    result = {"is_resident": is_resident, "gathered": gathered, "state": state.to_dict()}
     result["weights"] = {n: w.tolist() for n, w in zero.consolidated(engine.module) if w is not None}
     result["first"] = first
     return result
