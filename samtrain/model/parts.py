@@ -140,6 +140,7 @@ def _part_config(role: str, part: PartOptions, base: PretrainedConfig | None) ->
     if source is not None and source.startswith(TIMM_PREFIX):
         if role != "vision":
             raise ConfigError(f"model.{role}.model_name_or_path: {source}: timm has vision towers only")
+        _check_timm(source)
         architecture = source.removeprefix(TIMM_PREFIX)
         return AutoConfig.for_model("timm_wrapper", architecture=architecture, model_args=overrides or None)
     config = read_config(source) if source is not None else getattr(base, key)
@@ -148,6 +149,16 @@ def _part_config(role: str, part: PartOptions, base: PretrainedConfig | None) ->
     if role == "qformer" and config.model_type != "instructblip_qformer":
         config = _qformer_like_bert(config, source=str(source))
     return _override(config, overrides, where=f"model.{role}.config")
+
+
+def _check_timm(source: str) -> None:
+    try:
+        import timm
+    except (ImportError, RuntimeError) as error:  # a torchvision of another build raises RuntimeError
+        raise ConfigError(
+            f"model.vision.model_name_or_path: {source} needs timm and a torchvision of torch's own build: {error}"
+        ) from None
+    del timm
 
 
 def _override(config: PretrainedConfig, overrides: dict[str, Any], *, where: str) -> PretrainedConfig:

@@ -1,21 +1,28 @@
 """Tiny models with random weights, and the batches they run on. Everything in float32 or float64, seconds to build."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
+from tokenizers.processors import TemplateProcessing
 from transformers import (
     GPT2Config,
     InstructBlipQFormerConfig,
     InstructBlipVisionConfig,
     LlamaConfig,
     OPTConfig,
+    PreTrainedTokenizerFast,
     Qwen2Config,
 )
 
 from samtrain.core.batch import IGNORE_INDEX, ImageGroups, PackedBatch
-from samtrain.model import SamMllmConfig, SamMllmForConditionalGeneration
+from samtrain.model import SamMllmConfig, SamMllmForConditionalGeneration, SamMllmProcessor
+from samtrain.model.processing import build_image_processor
 
 VOCABULARY, IMAGE_TOKEN, QUERIES, IMAGE_SIZE = 60, 59, 3, 8
 
@@ -61,6 +68,69 @@ def randomise(model: torch.nn.Module, *, seed: int = 1, scale: float = 0.3) -> N
         for parameter in model.parameters():
             noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64) * scale
             parameter.add_(noise.to(parameter.dtype))
+
+
+def word_tokenizer(words: list[str], *, special: dict[str, str], template: str) -> PreTrainedTokenizerFast:
+    """One id for each word, in order; `template` puts special tokens around a text."""
+    vocabulary = {word: i for i, word in enumerate([*special.values(), *words])}
+    tokenizer = Tokenizer(WordLevel(vocabulary, unk_token=special["unk_token"]))
+    tokenizer.pre_tokenizer = Whitespace()
+    around = [(token, vocabulary[token]) for token in special.values() if token in template]
+    tokenizer.post_processor = TemplateProcessing(single=template, special_tokens=around)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special)
+
+
+WORDS = [
+    "a",
+    "cat",
+    "dog",
+    "is",
+    "in",
+    "every",
+    "picture",
+    "what",
+    "where",
+    "the",
+    "yes",
+    "no",
+    "left",
+    "right",
+    "top",
+    "bottom",
+    ".",
+    "?",
+]
+
+
+def llm_tokenizer() -> PreTrainedTokenizerFast:
+    special = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    return word_tokenizer(WORDS, special=special, template="<s> $A")
+
+
+def qformer_tokenizer() -> PreTrainedTokenizerFast:
+    special = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
+    return word_tokenizer(WORDS, special=special, template="[CLS] $A [SEP]")
+
+
+@pytest.fixture
+def make_processor() -> Callable[..., SamMllmProcessor]:
+    """A processor of tiny word-level tokenizers; keyword arguments are the processor's."""
+
+    def build(**kwargs: Any) -> SamMllmProcessor:
+        image_processor = build_image_processor(image_size=IMAGE_SIZE, mean=[0.5, 0.4, 0.3], std=[0.2, 0.3, 0.4])
+        kwargs = {"num_query_tokens": QUERIES} | kwargs
+        return SamMllmProcessor(image_processor, llm_tokenizer(), qformer_tokenizer(), **kwargs)
+
+    return build
+
+
+@pytest.fixture
+def tokenizer_folders(tmp_path: Path) -> dict[str, str]:
+    """Saved tiny tokenizers, as options: tokenizer_name_or_path and qformer_tokenizer_name_or_path."""
+    folders = {"tokenizer_name_or_path": "llm_tokenizer", "qformer_tokenizer_name_or_path": "text_tokenizer"}
+    llm_tokenizer().save_pretrained(tmp_path / "llm_tokenizer")
+    qformer_tokenizer().save_pretrained(tmp_path / "text_tokenizer")
+    return {key: str(tmp_path / name) for key, name in folders.items()}
 
 
 @pytest.fixture
