@@ -89,7 +89,11 @@ class SampleEncoder(Protocol):
     num_query_tokens: int
     pad_token_id: int
     qformer_pad_token_id: int
-    image_size: int
+
+    @property
+    def image_size(self) -> int:
+        """Side of the square images, in pixels."""
+        ...
 
     def encode(self, *, key: str, instruction: str, output: str | None, num_images: int) -> EncodedText:
         """Tokens of one sample; `output=None` encodes a prompt for generation.

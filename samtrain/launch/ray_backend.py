@@ -64,7 +64,10 @@ def _connect(recipe: Recipe, *, address: str | None) -> None:
     # Ray Train tells its own story of a failure, at length, several times; ours is told once, by the launcher.
     for part in ("CONTROLLER", "WORKER"):
         os.environ.setdefault(f"RAY_TRAIN_ENABLE_{part}_STRUCTURED_LOGGING", "0")
-    quiet = {"logging_level": logging.WARNING, "logging_config": ray.LoggingConfig(log_level="CRITICAL")}
+    quiet: dict[str, Any] = {
+        "logging_level": logging.WARNING,
+        "logging_config": ray.LoggingConfig(log_level="CRITICAL"),
+    }
     if address is not None:
         try:
             ray.init(address=address, **quiet)

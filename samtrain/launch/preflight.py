@@ -1,0 +1,168 @@
+"""Everything that can be known before a weight is loaded, checked in the launcher, in the order of its cost.
+
+A wrong recipe must fail here, in seconds, and not on a cluster, in an hour. The result is the plan the user sees.
+"""
+
+import math
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from samtrain.core.errors import DataError, InputError
+from samtrain.core.events import Emit, message
+from samtrain.launch.output_dir import OutputDir, resolve_output_dir
+from samtrain.recipe import Recipe
+
+# A checkpoint holds the master copy and AdamW's two moments, in float32, of what trains.
+_CHECKPOINT_BYTES_PER_PARAMETER = 12
+_PRECISION_BYTES = {"bf16": 2, "fp32": 4}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """output: where the run goes. rows: what the user sees, [[name, value], ...]."""
+
+    output: OutputDir
+    rows: list[list[str]]
+
+
+def preflight(recipe: Recipe, *, where: str, emit: Emit) -> Plan:
+    """Check a recipe against this machine's files; builds the data set where the recipe says so; emits the plan.
+
+    Args:
+        where: what the workers run on, in words.
+
+    Raises:
+        InputError: the first thing that is wrong, with the way out.
+    """
+    output = resolve_output_dir(recipe)
+    parameters = _parameters(recipe)
+    disk = _disk_row(recipe, output, parameters)
+    _build_data(recipe, emit=emit)
+    data_rows, steps_per_epoch = _data_rows(recipe)
+    launch, train = recipe.launch, recipe.train
+    rows = [
+        ["recipe", recipe.name],
+        ["output", f"{output.path} ({output.explanation})"],
+        ["workers", f"{launch.num_workers} x {launch.cpus_per_worker} CPUs, device {launch.device}, on {where}"],
+        ["steps", f"{recipe.total_steps(steps_per_epoch)} of {train.global_batch_size} samples, {train.precision}"],
+        *data_rows,
+        *_parameter_rows(parameters),
+        disk,
+    ]
+    emit({"kind": "plan", "title": "plan", "rows": rows})
+    return Plan(output, rows)
+
+
+def _parameters(recipe: Recipe) -> dict[str, tuple[int, int]]:
+    """Part -> (trainable, all) parameters, from shapes alone: a model without storage."""
+    import torch
+    from transformers.initialization import no_init_weights
+
+    from samtrain.model import SamMllmForConditionalGeneration
+    from samtrain.model.freezing import apply_freezing, trainable_counts
+    from samtrain.model.lora import attach_lora
+    from samtrain.model.parts import build_config
+
+    config = build_config(recipe.model)  # also checks that l and k are layers of the Q-Former
+    with torch.device("meta"):
+        with no_init_weights():
+            model = SamMllmForConditionalGeneration(config)
+        model.tie_weights()
+        if recipe.model.train.language_model == "lora":
+            attach_lora(model, recipe.model.train.lora)
+    apply_freezing(model, recipe.model.train)
+    counts = trainable_counts(model)
+    if not any(trainable for trainable, _ in counts.values()):
+        raise InputError("model.train: nothing trains; set guidance, qformer, projection, vision or language_model")
+    return counts
+
+
+def _parameter_rows(parameters: dict[str, tuple[int, int]]) -> list[list[str]]:
+    rows = [
+        [part, f"{_count(total)} parameters, {_count(trainable) + ' train' if trainable else 'frozen'}"]
+        for part, (trainable, total) in parameters.items()
+    ]
+    trainable, total = (sum(counts[i] for counts in parameters.values()) for i in (0, 1))
+    return [*rows, ["all parts", f"{_count(total)} parameters, {_count(trainable)} train"]]
+
+
+def _count(number: int) -> str:
+    for unit, size in (("B", 10**9), ("M", 10**6), ("k", 10**3)):
+        if number >= size:
+            return f"{number / size:.1f}{unit}"
+    return str(number)
+
+
+def _disk_row(recipe: Recipe, output: OutputDir, parameters: dict[str, tuple[int, int]]) -> list[str]:
+    """Checkpoints that are kept, one being written, the best one, the exported model (and its copy when tracked)."""
+    trainable, total = (sum(counts[i] for counts in parameters.values()) for i in (0, 1))
+    exports = 2 if recipe.tracking.log_model else 1
+    needed = trainable * _CHECKPOINT_BYTES_PER_PARAMETER * (recipe.train.save_total_limit + 2)
+    needed += total * _PRECISION_BYTES[recipe.train.precision] * exports
+    existing = next(folder for folder in (output.path.absolute(), *output.path.absolute().parents) if folder.exists())
+    free = shutil.disk_usage(existing).free
+    if free < needed:
+        raise InputError(
+            f"output_dir: {output.path} needs about {_gib(needed)} for checkpoints and the exported model, "
+            f"{existing} has {_gib(free)} free; lower train.save_total_limit, or choose another output_dir"
+        )
+    return ["disk", f"about {_gib(needed)} needed, {_gib(free)} free"]
+
+
+def _gib(size: float) -> str:
+    return f"{size / 2**30:.2f} GiB"
+
+
+def _build_data(recipe: Recipe, *, emit: Emit) -> None:
+    if recipe.data.build is None:
+        return
+    from samtrain.data.mini import build_mini
+
+    def progress(what: str, done: int, total: int) -> None:
+        emit({"kind": "progress", "what": what, "done": done, "total": total})
+
+    report = build_mini(Path(recipe.data.path), recipe.data.mini, progress=progress)
+    if not report["reused"]:
+        emit(message(f"built {recipe.data.build} in {recipe.data.path}"))
+
+
+def _data_rows(recipe: Recipe) -> tuple[list[list[str]], int]:
+    from samtrain.data.index import ShardIndex
+    from samtrain.data.preflight import check_budgets, largest_sample
+    from samtrain.model.parts import build_processor
+
+    data = recipe.data
+    encoder = build_processor(recipe.model, image_size=data.image_size)
+    splits = [data.train_split, *([data.validation_split] if data.validation_split else []), *recipe.evaluation.splits]
+    indexes = {split: _load_split(recipe, split) for split in dict.fromkeys(splits)}
+    for split in splits[: 1 + bool(data.validation_split)]:  # the others are generated from, never packed
+        check_budgets(indexes[split], encoder, data)
+    train: ShardIndex = indexes[data.train_split]
+    largest = largest_sample(train, encoder)
+    steps_per_epoch = math.ceil(len(train) / recipe.train.global_batch_size)
+    sizes = ", ".join(f"{split} {len(index)}" for split, index in indexes.items())
+    rows = [
+        ["data", f"{data.path}: {sizes} samples; {steps_per_epoch} steps an epoch"],
+        [
+            "largest sample",
+            f"{largest['key']}: {largest['num_tokens']} tokens, {largest['num_images']} images; "
+            f"a pack holds {data.max_tokens} tokens, {data.max_images} images",
+        ],
+    ]
+    return rows, steps_per_epoch
+
+
+def _load_split(recipe: Recipe, split: str) -> Any:
+    from samtrain.data.index import ShardIndex
+
+    folder = Path(recipe.data.path) / split
+    if not folder.is_dir():
+        there = sorted(path.name for path in Path(recipe.data.path).glob("*") if path.is_dir())
+        found = f"it holds {', '.join(there)}" if there else "it does not exist, or holds no folders"
+        raise DataError(
+            f"data.path: {recipe.data.path} has no split {split!r} ({found}); the recipe names splits in "
+            f"data.train_split, data.validation_split and evaluation.splits"
+        )
+    return ShardIndex.load(folder)
