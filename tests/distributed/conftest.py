@@ -35,7 +35,13 @@ def launch(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Outcome]:
     os.environ.update(DS_ACCELERATOR="cpu", OMP_NUM_THREADS="1")
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(
-        ["torch", "deepspeed", "deepspeed.runtime.zero.muon.muon_optimizer", "samtrain.engine.trainer"]
+        [
+            "torch",
+            "deepspeed",
+            "deepspeed.runtime.zero.muon.muon_optimizer",
+            "samtrain.engine.trainer",
+            "samtrain.model",
+        ]
     )
 
     def run(scenario: str, *, world_size: int, timeout: float = 120, **settings: Any) -> Outcome:

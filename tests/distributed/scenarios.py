@@ -66,7 +66,7 @@ class TinyModel(nn.Module):
         return Output(loss_sum=torch.where(counted, loss, 0.0).sum())
 
 
-def pack(step: int, slots: list[int]) -> PackedBatch:
+def pack(step: int, slots: list[int], *, size: int = 2) -> PackedBatch:
     """Samples `slots` of a step, one query token per image; no slots: the filler."""
     ids, labels, positions, pixels, borders, images = [], [], [], [], [0], [0]
     for slot in slots or [-1]:
@@ -78,7 +78,7 @@ def pack(step: int, slots: list[int]) -> PackedBatch:
         label = (text * 7 + torch.arange(length)) % IMAGE_TOKEN  # image tokens too: the tower must matter
         label[0] = IGNORE_INDEX
         ids.append(text), labels.append(label), positions.append(torch.arange(length))
-        pixels.append(torch.randn(count, 3, 2, 2, generator=random))
+        pixels.append(torch.randn(count, 3, size, size, generator=random))
         borders.append(borders[-1] + length), images.append(images[-1] + count)
     num_samples = max(1, len(slots))
     labels = torch.cat(labels)
@@ -99,14 +99,14 @@ def pack(step: int, slots: list[int]) -> PackedBatch:
     ).validate()
 
 
-def global_step(step: int, *, rank: int, world_size: int) -> GlobalStep:
+def global_step(step: int, *, rank: int, world_size: int, size: int = 2) -> GlobalStep:
     """Three packs of two, three and one samples: images 4, 2 and 1; every third step 0, 2 and 4 (a rank without)."""
     packs = [[0, 1], [2, 3, 4], [5]] if step % 3 else [[2, 4], [3], [0, 1]]
     mine = packs[rank::world_size]
     mine += [[]] * (-(-len(packs) // world_size) - len(mine))
     skipped = {f"bad{step}.{rank}": "cannot be decoded"} if step == 2 and rank == world_size - 1 else {}
     keys = tuple(f"s{step}.{slot}" for slots in packs for slot in slots)
-    return GlobalStep(tuple(pack(step, slots) for slots in mine), {"next": step + 1}, keys, skipped)
+    return GlobalStep(tuple(pack(step, slots, size=size) for slots in mine), {"next": step + 1}, keys, skipped)
 
 
 def steps_from(first: int, *, rank: int, world_size: int, nan_at: int | None = None, hang: tuple = ()):
@@ -290,6 +290,70 @@ def oracle(*, total_steps=4, frozen=(), **changes):
     return {"losses": losses, "norms": norms, "weights": {n: p.tolist() for n, p in model.named_parameters()}}
 
 
+def multimodal(*, output_dir, trained, zero_options, total_steps=3):
+    """The real model, tiny, with checkpointing: its losses by the engine and by plain torch."""
+    from transformers import InstructBlipQFormerConfig, InstructBlipVisionConfig, LlamaConfig
+
+    from samtrain.engine import zero
+    from samtrain.engine.step import run_step
+    from samtrain.engine.watchdog import Watchdog
+    from samtrain.model import SamMllmConfig, SamMllmForConditionalGeneration
+    from samtrain.model.freezing import apply_freezing, part_of
+    from samtrain.model.options import TrainablePartsOptions
+
+    vision = {"hidden_size": 12, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+    qformer = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 4, "num_attention_heads": 2}
+    language = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
+    rank, world_size = CONFIG["rank"], CONFIG["world_size"]
+    zero.init_distributed(torch.device("cpu"))
+    chosen = options(learning_rate=0.01, learning_rates={}, zero=zero_options)
+
+    def build() -> nn.Module:
+        seed_everything(3)
+        dropout = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+        config = SamMllmConfig(
+            vision_config=InstructBlipVisionConfig(**vision, image_size=8, patch_size=4, initializer_range=0.2),
+            qformer_config=InstructBlipQFormerConfig(
+                **qformer, **dropout, vocab_size=40, encoder_hidden_size=12, initializer_range=0.2
+            ),
+            text_config=LlamaConfig(**language, vocab_size=VOCABULARY, bos_token_id=1, eos_token_id=2, pad_token_id=0),
+            num_query_tokens=1, image_token_id=IMAGE_TOKEN, initial_layer=2, contextual_layer=3, max_images=5,
+        )  # fmt: skip
+        model = SamMllmForConditionalGeneration(config)
+        apply_freezing(model, TrainablePartsOptions(**trained))
+        model.gradient_checkpointing_enable()
+        return model.train()
+
+    plain, losses = build(), []
+    groups = build_parameter_groups(plain.named_parameters(), chosen, part_of)
+    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.999), eps=1e-8)
+    for step in range(1, total_steps + 1):
+        batches = global_step(step, rank=0, world_size=1, size=8).micro_batches
+        # Every batch on its own: the losses of a step do not depend on how it is packed.
+        loss = sum(plain(**b.model_inputs()).loss_sum for b in batches) / sum(b.num_label_tokens for b in batches)
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_([p for p in plain.parameters() if p.requires_grad], chosen.max_grad_norm)
+        optimizer.step()
+        losses.append(float(loss))
+
+    model = build()
+    groups = build_parameter_groups(model.named_parameters(), chosen, part_of)
+    engine = zero.initialize(model, options=chosen, parameter_groups=groups, device=torch.device("cpu"))
+    watchdog, found = Watchdog(output_dir=output_dir, rank=rank, timeout_seconds=60), []
+    gathers = count_gathered_elements()
+    for step in range(1, total_steps + 1):
+        share = global_step(step, rank=rank, world_size=world_size, size=8)
+        result = run_step(engine, share, step_number=step, stop_requested=False, watchdog=watchdog)
+        torch.distributed.all_reduce(result.loss_sum)
+        found.append(float(result.loss_sum) / result.counts.label_tokens)
+    difference = 0.0
+    for (_, weight), expected in zip(zero.consolidated(engine.module), plain.parameters()):
+        if weight is not None:
+            difference = max(difference, float((weight - expected).abs().max()))
+    return {"plain": losses, "engine": found, "weight_difference": difference, "gathered": gathers["elements"]}
+
+
 def refusals(*, output_dir):
     """What loading must refuse, one message each; a single rank."""
     path = find_resume(output_dir, "auto")
@@ -333,7 +397,9 @@ def main() -> None:
         MASTER_PORT=str(CONFIG["port"]), LOCAL_SIZE=str(CONFIG["world_size"]),
     )  # fmt: skip
     try:
-        result = {"train": train, "oracle": oracle, "refusals": refusals}[CONFIG["scenario"]](**CONFIG["settings"])
+        result = {"train": train, "oracle": oracle, "refusals": refusals, "multimodal": multimodal}[CONFIG["scenario"]](
+            **CONFIG["settings"]
+        )
         (folder / f"result-{rank}.json").write_text(json.dumps(result))
         code = 0
     except SamtrainError as error:

@@ -1,0 +1,22 @@
+"""The real model under the engine: ranks with many images, few and none, gradient checkpointing, frozen towers."""
+
+import pytest
+
+PAPER = {"guidance": True, "qformer": True, "projection": True}
+ZERO = {"param_persistence_threshold": 0}
+
+
+@pytest.mark.parametrize(
+    ("world_size", "trained", "zero"),
+    [
+        (2, PAPER, ZERO | {"frozen_towers": "replicated"}),
+        (2, PAPER, ZERO | {"frozen_towers": "partitioned"}),
+        (3, {"guidance": True, "vision": True, "qformer": True, "language_model": "full"}, {}),
+    ],
+)
+def test_real_model_trains_as_in_one_process_of_plain_torch(launch, tmp_path, world_size, trained, zero):
+    outcome = launch("multimodal", world_size=world_size, output_dir=str(tmp_path), trained=trained, zero_options=zero)
+    for result in outcome.check().results:
+        assert result["engine"] == pytest.approx(result["plain"], rel=1e-5)
+        assert max(result["plain"]) - min(result["plain"]) > 1e-3
+    assert outcome.results[0]["weight_difference"] < 1e-4  # the learning rate is 1e-2
