@@ -42,7 +42,8 @@ def apply_freezing(model: nn.Module, options: TrainablePartsOptions) -> None:
     }
     for name, parameter in model.named_parameters():
         is_adapter = options.language_model == "lora" and ".lora_" in name
-        parameter.requires_grad_(trains[part_of(name)] or is_adapter)
+        # A mask token (DINOv2, for its own pretraining) is never read here, so it would never get a gradient.
+        parameter.requires_grad_((trains[part_of(name)] or is_adapter) and not name.endswith(".mask_token"))
     model.train(model.training)
 
 

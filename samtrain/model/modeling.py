@@ -64,9 +64,10 @@ class SamMllmForConditionalGeneration(PreTrainedModel):
 
     def __init__(self, config: SamMllmConfig) -> None:
         super().__init__(config)
-        if config.qformer_config._attn_implementation == "flash_attention_2":
-            # The Q-Former's text is masked and its sequences are short: sdpa, with the additive mask of guidance.py.
-            config.qformer_config._attn_implementation = "sdpa"
+        for part in (config.vision_config, config.qformer_config):
+            if part._attn_implementation == "flash_attention_2":
+                # It takes no mask like the Q-Former's, and the tower gains nothing from it over PyTorch's own.
+                part._attn_implementation = "sdpa"
         self.vision_model = build_vision_model(config.vision_config)
         self.query_tokens = nn.Parameter(torch.zeros(1, config.num_query_tokens, config.qformer_config.hidden_size))
         self.qformer = InstructBlipQFormerModel._from_config(config.qformer_config)

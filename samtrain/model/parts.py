@@ -42,11 +42,7 @@ def build_config(options: ModelOptions) -> SamMllmConfig:
     if base is not None and not options.qformer.model_name_or_path:
         num_query_tokens = base.num_query_tokens
     guidance = options.guidance
-    for config in (vision, qformer):
-        # flash-attn takes no mask like the Q-Former's; the tower gains nothing from it over PyTorch's own.
-        config._attn_implementation = "eager" if options.attn_implementation == "eager" else "sdpa"
-    text._attn_implementation = options.attn_implementation
-    return SamMllmConfig(
+    config = SamMllmConfig(
         vision_config=vision,
         qformer_config=qformer,
         text_config=text,
@@ -59,6 +55,8 @@ def build_config(options: ModelOptions) -> SamMllmConfig:
         max_images=guidance.max_images,
         image_layout=options.image_layout,
     )
+    config._attn_implementation = options.attn_implementation
+    return config
 
 
 def build_processor(options: ModelOptions, *, image_size: int) -> SamMllmProcessor:
@@ -134,9 +132,10 @@ def _part_config(role: str, part: PartOptions, base: PretrainedConfig | None) ->
                 f"model.{role}: no source; give model_name_or_path, or config with model_type (e.g. llama) and sizes"
             )
         try:
-            return AutoConfig.for_model(model_type, **overrides)
+            defaults = AutoConfig.for_model(model_type)
         except ValueError as error:
             raise ConfigError(f"model.{role}.config: {error}") from None
+        return _override(defaults, overrides, where=f"model.{role}.config")
     if source is not None and source.startswith(TIMM_PREFIX):
         if role != "vision":
             raise ConfigError(f"model.{role}.model_name_or_path: {source}: timm has vision towers only")

@@ -4,17 +4,21 @@ Legend: I images, P patches, C width of the features, H, W size of a feature map
 """
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModel, InstructBlipVisionModel, PretrainedConfig, PreTrainedModel
+from transformers import MODEL_MAPPING, InstructBlipVisionModel, PretrainedConfig, PreTrainedModel
 
 
 def build_vision_model(config: PretrainedConfig) -> PreTrainedModel:
     """The tower of a configuration, with random weights. InstructBLIP's has no AutoModel entry of its own."""
     if config.model_type == "instructblip_vision_model":
         return InstructBlipVisionModel._from_config(config)
-    return AutoModel.from_config(config)
+    tower: Any = MODEL_MAPPING[type(config)]
+    if not getattr(tower, "_supports_sdpa", False):
+        config._attn_implementation = "eager"  # what the whole model asked for would be refused
+    return tower._from_config(config)
 
 
 def patch_features(tower: nn.Module, pixel_values: Tensor) -> Tensor:

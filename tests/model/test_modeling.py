@@ -285,3 +285,19 @@ def test_bfloat16_runs_and_stays_near_float32(tiny_model: Any, make_batch: Any) 
         losses.append(float(out.loss_sum))
         assert out.loss_sum.dtype == torch.float32
     assert abs(losses[0] - losses[1]) / losses[0] < 0.05  # bf16 has 8 bits of precision
+
+
+def test_any_vision_tower_of_transformers_feeds_the_model(tiny_config: Any, make_batch: Any) -> None:
+    from transformers import CLIPVisionConfig, ConvNextConfig, Dinov2Config
+
+    shape = {"hidden_size": 12, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 8, "patch_size": 4}
+    towers = [CLIPVisionConfig(**shape, intermediate_size=16), Dinov2Config(**shape)]
+    towers.append(ConvNextConfig(hidden_sizes=[8, 12], depths=[1, 1], num_stages=2, patch_size=2))
+    for tower in towers:
+        config = tiny_config()
+        config.vision_config = tower
+        model = SamMllmForConditionalGeneration(config).train()
+        apply_freezing(model, EVERYTHING)
+        model(**make_batch([2, 1]).model_inputs()).loss_sum.backward()
+        without = [n for n, p in model.named_parameters() if p.requires_grad and p.grad is None]
+        assert not without, tower.model_type
