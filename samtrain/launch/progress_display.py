@@ -83,16 +83,18 @@ class ProgressDisplay:
             self._held_back = text
 
     def _print(self, renderable: Any) -> None:
-        if self._live is not None:
-            self._live.console.print(renderable, soft_wrap=isinstance(renderable, Text))
-            return
-        self._console.print(renderable, soft_wrap=isinstance(renderable, Text))
+        self._release()
+        self._console.print(renderable, soft_wrap=isinstance(renderable, Text))  # above the live line, if there is one
 
     def _end_line(self) -> None:
-        """Leave the last line standing; print one that throttling held back: the end of a log must be true."""
+        """Leave the last line standing."""
         if self._live is not None:
             self._live.stop()
             self._live = None
+        self._release()
+
+    def _release(self) -> None:
+        """Print the line that throttling held back: what follows it, or the end of the log, would be misread."""
         if self._held_back is not None:
             self._console.print(Text(self._held_back), soft_wrap=True)
             self._held_back = None

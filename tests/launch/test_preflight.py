@@ -1,0 +1,89 @@
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from samtrain.core.errors import ConfigError, DataError, InputError
+from samtrain.launch.preflight import preflight
+from samtrain.recipe import load_recipe
+
+
+def check(path: Path, *overrides: str) -> dict[str, str]:
+    """The plan's rows by name."""
+    events: list[dict[str, Any]] = []
+    plan = preflight(load_recipe(path, list(overrides)), where="nowhere", emit=events.append)
+    assert [event["kind"] for event in events] == ["plan"] and events[0]["rows"] == plan.rows
+    return dict(plan.rows)
+
+
+def test_a_good_recipe_yields_the_plan_and_writes_nothing(tiny_recipe: Path, tmp_path: Path) -> None:
+    rows = check(tiny_recipe)
+    assert "train 12, validation 4, test 4 samples; 3 steps an epoch" in rows["data"]
+    # 2 images x 2 queries, bos-less: 9 words, answer "a red cat" and eos
+    assert "17 tokens, 2 images" in rows["largest sample"]
+    assert rows["steps"].startswith("2 of 4 samples")
+    assert "frozen" in rows["vision"] and "train" in rows["qformer"]
+    assert not (tmp_path / "run").exists()
+
+
+def test_parameters_are_counted_from_shapes_exactly(tiny_recipe: Path) -> None:
+    from samtrain.launch.preflight import _parameters
+    from samtrain.model.build import build_model
+    from samtrain.model.freezing import trainable_counts
+
+    for overrides in ([], ["model.train.language_model=lora"], ["model.train.language_model=full"]):
+        recipe = load_recipe(tiny_recipe, overrides)
+        import torch
+
+        model, _ = build_model(recipe.model, dtype=torch.float32, seed=0)
+        assert _parameters(recipe) == trainable_counts(model)
+
+
+def test_steps_follow_from_epochs_where_max_steps_is_not_set(tiny_recipe: Path) -> None:
+    rows = check(tiny_recipe, "train.max_steps=null", "train.num_train_epochs=2.5")
+    assert rows["steps"].startswith("8 of 4 samples")
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("model.guidance.contextual_layer=5", r"contextual_layer.*\(k = 5\) <= 4, the layers of the Q-Former"),
+        ("data.max_tokens=16", r"train-\d+.*17"),
+        ("data.max_images=1", r"train-\d+.*2 images"),
+        ("data.train_split=trian", "has no split 'trian' .*it holds test, train, validation"),
+        ("evaluation.splits=[absent]", "has no split 'absent'"),
+        ("data.path=/nonexistent/data", "/nonexistent/data.*does not exist"),
+        ("data.image_size=24", "data.image_size is 24"),
+        ("model.tokenizer_name_or_path=null", "tokenizer_name_or_path is not set"),
+        ("model.vision.config.hidden_sice=4", "hidden_sice"),
+        ("train.resume_from_checkpoint=/nonexistent/checkpoint-3", "checkpoint-3"),
+        ("model.train={guidance: false}", "nothing trains"),
+    ],
+)
+def test_what_is_wrong_is_said_before_anything_is_loaded(tiny_recipe: Path, override: str, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        check(tiny_recipe, override)
+
+
+def test_a_missing_shard_or_index_is_named(tiny_recipe: Path, shared_files: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(shared_files / "data", copy)
+    (copy / "train" / "shard-000000.tar").unlink()
+    with pytest.raises(DataError, match=r"shard-000000\.tar"):
+        check(tiny_recipe, f"data.path={copy}")
+    (copy / "train" / "index.json").unlink()
+    with pytest.raises(DataError, match=r"index\.json.*samtrain data index"):
+        check(tiny_recipe, f"data.path={copy}")
+
+
+def test_too_little_disk_is_an_error_with_both_numbers(tiny_recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    usage = shutil.disk_usage("/")._replace(free=1000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    with pytest.raises(InputError, match=r"needs about .* GiB .* 0\.00 GiB free"):
+        check(tiny_recipe)
+
+
+def test_a_set_that_is_no_mini_set_is_not_overwritten_by_build(tiny_recipe: Path) -> None:
+    with pytest.raises((DataError, ConfigError), match="mmlink-mini"):
+        check(tiny_recipe, "data.build=mmlink-mini")
