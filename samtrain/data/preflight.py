@@ -1,16 +1,21 @@
 """What the largest samples ask for, known before weights are loaded.
 
-The index knows every sample's images and text bytes, and no tokenizer makes more tokens of a text than it has bytes:
-`bound = tokens of an empty sample with N images + text bytes (+ seams)` can only be too high. Samples are encoded
-from the highest bound down. Budgets are safe once the bounds fall to them, which is at once for most sets; the
-largest sample is exact once the bounds fall to the largest found.
+The index knows every sample's images and text bytes, so a sample's tokens are bounded without reading it:
+`tokens of an empty sample with N images + tokens per byte x text bytes (+ seams)`.
+
+- Budgets take one token per byte, which no tokenizer exceeds: only samples above that bound are encoded (for most
+  sets none), and no sample over budget is missed.
+- The largest sample takes 1.25 times the highest rate of 256 samples spread over the set and of the 256 with the
+  highest bounds, and encodes, from the highest bound down, those whose bound exceeds the largest found: seconds where
+  encoding 70,000 samples takes a minute. It is exact unless a text needs a quarter more tokens per byte than every
+  one of those; a higher rate met on the way raises the bounds of the rest.
 """
 
 from typing import Any
 
 from samtrain.core.batch import PackedBatch
 from samtrain.core.errors import DataError
-from samtrain.core.sample import SampleEncoder
+from samtrain.core.sample import IMAGE_PLACEHOLDER, SampleEncoder
 from samtrain.data.index import ShardIndex
 from samtrain.data.options import DataOptions
 from samtrain.data.order import Slot
@@ -18,23 +23,28 @@ from samtrain.data.packing import SampleSize, check_fits, pack
 from samtrain.data.step import StepBuilder, encode_checked
 
 SEAM_TOKENS = 8  # what joining texts may add: a sentencepiece prefix at each piece, separators
-LARGEST_CANDIDATES = 256
+NUM_SPREAD = NUM_CANDIDATES = 256
+RATE_MARGIN = 1.25
 
 
 def largest_sample(index: ShardIndex, encoder: SampleEncoder) -> dict[str, Any]:
-    """The sample with the most tokens: {"key", "num_tokens", "num_images"}; exact.
+    """The sample with the most tokens: {"key", "num_tokens", "num_images"}; exact as the module says.
 
     Raises:
         DataError: a record on the way cannot be used.
     """
-    largest: SampleSize | None = None
-    for i, bound in _by_bound(index, encoder):
-        if largest is not None and bound <= largest.num_tokens:
-            break
-        size = _size(index, encoder, i)
-        if largest is None or size.num_tokens > largest.num_tokens:
+    bounds = _Bounds(index, encoder)
+    spread = range(0, len(index), max(1, len(index) // NUM_SPREAD))
+    sizes = {i: _size(index, encoder, i) for i in sorted({*spread, *bounds.ranked(1.0)[:NUM_CANDIDATES]})}
+    rate = max(bounds.rate(i, size) for i, size in sizes.items())
+    largest = max(sizes.values(), key=lambda size: size.num_tokens)
+    for i in bounds.ranked(min(1.0, RATE_MARGIN * rate)):
+        if bounds.upper(i, min(1.0, RATE_MARGIN * rate)) <= largest.num_tokens:
+            continue
+        size = sizes[i] if i in sizes else _size(index, encoder, i)
+        rate = max(rate, bounds.rate(i, size))
+        if size.num_tokens > largest.num_tokens:
             largest = size
-    assert largest is not None  # an index is never empty
     return {"key": largest.key, "num_tokens": largest.num_tokens, "num_images": largest.num_images}
 
 
@@ -44,8 +54,9 @@ def check_budgets(index: ShardIndex, encoder: SampleEncoder, options: DataOption
     Raises:
         DataError: naming the sample, both counts and the recipe keys to change.
     """
-    for i, bound in _by_bound(index, encoder):
-        if bound > options.max_tokens or index.entries[i].num_images > options.max_images:
+    bounds = _Bounds(index, encoder)
+    for i in bounds.ranked(1.0):
+        if bounds.upper(i, 1.0) > options.max_tokens or index.entries[i].num_images > options.max_images:
             size = _size(index, encoder, i)
             check_fits(size, max_tokens=options.max_tokens, max_images=options.max_images)
 
@@ -56,8 +67,9 @@ def largest_pack(index: ShardIndex, encoder: SampleEncoder, options: DataOptions
     Raises:
         DataError: a sample exceeds the budgets, or cannot be used.
     """
-    by_images = sorted(_by_bound(index, encoder), key=lambda item: -index.entries[item[0]].num_images)
-    candidates = [i for i, _ in by_images[:LARGEST_CANDIDATES]]
+    entries = index.entries
+    ranked = sorted(range(len(index)), key=lambda i: (-entries[i].num_images, -entries[i].text_bytes, i))
+    candidates = ranked[:NUM_CANDIDATES]
     sizes = [_size(index, encoder, i) for i in candidates]
     packs = pack(sizes, max_tokens=options.max_tokens, max_images=options.max_images)
     costliest = max(packs, key=lambda chosen: sum(sizes[i].cost for i in chosen))
@@ -68,16 +80,29 @@ def largest_pack(index: ShardIndex, encoder: SampleEncoder, options: DataOptions
     return step.micro_batches[0]
 
 
-def _by_bound(index: ShardIndex, encoder: SampleEncoder) -> list[tuple[int, int]]:
-    """(sample, upper bound of its tokens), highest bound first."""
-    empty: dict[int, int] = {}
-    bounds = []
-    for i, entry in enumerate(index.entries):
-        n = entry.num_images
-        if n not in empty:
-            empty[n] = encoder.encode(key="(empty)", instruction="", output="", num_images=n).num_tokens
-        bounds.append((i, empty[n] + entry.text_bytes + SEAM_TOKENS))
-    return sorted(bounds, key=lambda item: (-item[1], item[0]))
+class _Bounds:
+    """Upper bounds of samples' tokens from the index alone."""
+
+    def __init__(self, index: ShardIndex, encoder: SampleEncoder) -> None:
+        self.entries = index.entries
+        self.empty: dict[int, int] = {}  # tokens around the text, by number of images
+        for n in {entry.num_images for entry in index.entries}:
+            # Placeholders suit every layout; a word, because a prompt may not be empty.
+            instruction = IMAGE_PLACEHOLDER * n + "a"
+            self.empty[n] = encoder.encode(key="(empty)", instruction=instruction, output="", num_images=n).num_tokens
+
+    def upper(self, i: int, rate: float) -> float:
+        entry = self.entries[i]
+        return self.empty[entry.num_images] + rate * entry.text_bytes + SEAM_TOKENS
+
+    def rate(self, i: int, size: SampleSize) -> float:
+        """The least tokens per byte at which the bound of a measured sample holds."""
+        text_tokens = size.num_tokens - self.empty[size.num_images] - SEAM_TOKENS
+        return max(0, text_tokens) / max(1, self.entries[i].text_bytes)
+
+    def ranked(self, rate: float) -> list[int]:
+        """All samples, highest bound first."""
+        return sorted(range(len(self.entries)), key=lambda i: (-self.upper(i, rate), i))
 
 
 def _size(index: ShardIndex, encoder: SampleEncoder, i: int) -> SampleSize:

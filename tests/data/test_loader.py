@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from samtrain.core.errors import CheckpointError, ConfigError, DataError, TrainingError
+from samtrain.core.sample import EncodedText
 from samtrain.data.index import SAMPLES_FILE, ShardIndex
 from samtrain.data.loader import StepStream, TrainLoader, evaluation_steps, read_for_generation
 from samtrain.data.order import epoch_order
@@ -243,6 +244,17 @@ def test_an_undecodable_image_is_skipped(make_loader, write_set, make_jpeg):
     (step,) = take(make_loader(index=index, global_batch_size=3, shuffle=False), 1)
     assert [b.keys for b in step.micro_batches] == [("cut-0000", "cut-0002")]
     assert "cut-0001.0.jpg: cannot be decoded" in step.skipped["cut-0001"]
+
+
+def test_a_text_that_lost_an_image_token_is_skipped_with_both_counts(make_loader, encoder):
+    class Truncating(type(encoder)):
+        def encode(self, *, key, **values):
+            text = super().encode(key=key, **values)
+            return EncodedText(text.input_ids[3:], text.labels[3:], []) if key == "fifty-0002" else text
+
+    (step,) = take(make_loader(encoder=Truncating(), global_batch_size=50), 1)
+    assert "image tokens in the text but" in step.skipped.pop("fifty-0002") and not step.skipped
+    assert used_keys([[step]], 0) == sorted(k for k in step.keys if k != "fifty-0002")
 
 
 def test_a_picture_with_too_many_pixels_is_skipped(make_loader, write_set, make_jpeg):

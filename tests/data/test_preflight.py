@@ -1,3 +1,5 @@
+import random
+
 import pytest
 
 from samtrain.core.errors import DataError
@@ -44,9 +46,19 @@ def test_the_largest_sample_is_found_where_bytes_mislead(tmp_path, encoder):
         writer.write(key="many-words", task="t", instruction="x " * 60, output="y", images=[])
         for i in range(20):
             writer.write(key=f"small-{i}", task="t", instruction="x", output="y", images=[])
-    counting = Counting(encoder)
-    assert largest_sample(ShardIndex.load(tmp_path), counting)["key"] == "many-words"
-    assert not any(key.startswith("small") for key in counting.encoded)
+    assert largest_sample(ShardIndex.load(tmp_path), encoder)["key"] == "many-words"
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_few_of_many_samples_are_encoded_to_find_the_largest(tmp_path, encoder, seed):
+    draw = random.Random(seed)
+    with ShardWriter(tmp_path) as writer:
+        for i in range(3000):
+            text = " ".join("w" * draw.randint(2, 9) for _ in range(draw.randint(1, 60)))
+            writer.write(key=f"s-{i}", task="t", instruction=text, output="y", images=[])
+    index, counting = ShardIndex.load(tmp_path), Counting(encoder)
+    assert largest_sample(index, counting)["num_tokens"] == max(all_sizes(index, encoder))[0]
+    assert len(counting.encoded) < 1500
 
 
 def test_budgets_that_fit_are_accepted_exactly(fifty, encoder, options):
