@@ -20,8 +20,8 @@ from samtrain.core.errors import DataError
 from samtrain.data.mini import parallel, sources
 from samtrain.data.mini.vocabulary import KINDS, slug
 
-RENDER_SIZE = 168
-_MIN_DRAWN_PIXELS = 600  # fewer opaque pixels: the renderer met something it cannot draw
+RENDER_SIZE = 128
+_MIN_DRAWN_PIXELS = 350  # fewer opaque pixels: the renderer met something it cannot draw
 # Icons whose name is a label's but whose picture shows another thing or another view (looked at one by one).
 _WRONG: frozenset[tuple[str, str]] = frozenset(
     {
@@ -96,7 +96,7 @@ class Stock:
         self.path = path
         self._archive = zipfile.ZipFile(path)
         self.names = frozenset(self._archive.namelist())
-        self.sprite = lru_cache(maxsize=256)(self._sprite)
+        self.sprite = lru_cache(maxsize=1024)(self._sprite)  # about 50 MB
 
     def styles(self, label: str) -> tuple[str, ...]:
         """The styles that draw `label`."""

@@ -87,7 +87,7 @@ def _sprite(
     thing: Thing, layout: str, is_target: bool, shrink: float, stock: Stock, rng: np.random.Generator
 ) -> tuple[Image.Image, Image.Image]:
     """The drawing at its size and angle, cropped to its opaque pixels, and their outline. Animals may be mirrored."""
-    low, high = {"alone": (110, 160), "grid": (54, 74), "free": (64, 112) if is_target else (46, 88)}[layout]
+    low, high = {"alone": (96, 132), "grid": (54, 74), "free": (64, 112) if is_target else (46, 88)}[layout]
     side = max(MIN_SIDE + 6, shrink * rng.uniform(low, high))
     sprite = stock.sprite(thing.identity.label, thing.style)
     if thing.identity.kind.task == ANIMAL and rng.random() < 0.5:
