@@ -10,6 +10,7 @@ sample carries IGNORE_INDEX, so shifting never crosses a border.
 """
 
 from dataclasses import dataclass, field, fields, replace
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -49,9 +50,7 @@ class ImageGroups:
         return ImageGroups(group_of_image, slot_of_image, images, valid)
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> "ImageGroups":
-        return ImageGroups(
-            *(getattr(self, f.name).to(device, non_blocking=non_blocking) for f in fields(self))
-        )
+        return ImageGroups(*(getattr(self, f.name).to(device, non_blocking=non_blocking) for f in fields(self)))
 
     def pin_memory(self) -> "ImageGroups":
         return ImageGroups(*(getattr(self, f.name).pin_memory() for f in fields(self)))
@@ -135,7 +134,9 @@ class PackedBatch:
         who = ", ".join(self.keys) or "(empty pack)"
         for name in ("labels", "position_ids"):
             if getattr(self, name).shape != (num_tokens,):
-                raise BatchError(f"{who}: {name} has shape {tuple(getattr(self, name).shape)}, input_ids ({num_tokens},)")
+                raise BatchError(
+                    f"{who}: {name} has shape {tuple(getattr(self, name).shape)}, input_ids ({num_tokens},)"
+                )
         if not self.is_empty and len(self.keys) != num_samples:
             raise BatchError(f"{who}: {len(self.keys)} keys but {num_samples} samples in cu_seqlens")
         if len(self.cu_images) != num_samples + 1:
@@ -166,8 +167,10 @@ class PackedBatch:
                 raise BatchError(f"{key}: its first token carries a label; shifting would cross the sample's border")
         counted = int((self.labels != IGNORE_INDEX).sum())
         if counted != self.num_label_tokens:
-            raise BatchError(f"{who}: {counted} labels count in the loss but num_label_tokens is {self.num_label_tokens}")
-        counts = [b - a for a, b in zip(image_borders, image_borders[1:])]
+            raise BatchError(
+                f"{who}: {counted} labels count in the loss but num_label_tokens is {self.num_label_tokens}"
+            )
+        counts = [b - a for a, b in pairwise(image_borders)]
         expected_groups = ImageGroups.from_counts(counts)
         for f in fields(ImageGroups):
             if not torch.equal(getattr(self.image_groups, f.name), getattr(expected_groups, f.name)):

@@ -14,7 +14,7 @@ TEXT = 6
 SAMPLE = {"num_tokens": 20, "num_labels": 5, "num_images": 3, "num_text_tokens": TEXT}
 
 
-def tiny_config(**guidance: object) -> SamMllmConfig:
+def tiny_config(**guidance: str) -> SamMllmConfig:
     vision = {
         "model_type": "instructblip_vision_model",
         "hidden_size": 32,
@@ -47,6 +47,8 @@ def tiny_config(**guidance: object) -> SamMllmConfig:
         text_config=text,
         num_query_tokens=5,
         image_token_id=99,
+        initial_layer=2,
+        contextual_layer=3,
         **guidance,
     )
 
@@ -54,8 +56,9 @@ def tiny_config(**guidance: object) -> SamMllmConfig:
 @pytest.mark.parametrize("mode", ["none", "others", "all"])
 def test_the_two_stream_formula_equals_a_counted_run(mode: str) -> None:
     guidance = {"guidance_mode": "none"} if mode == "none" else {"guidance_context": mode}
-    config = tiny_config(initial_layer=2, contextual_layer=3, **guidance)
-    model = SamMllmForConditionalGeneration(config).eval()
+    config = tiny_config(**guidance)
+    # Eager: PyTorch's counter does not know the CPU's fused attention.
+    model = SamMllmForConditionalGeneration._from_config(config, attn_implementation="eager").eval()
     counter = FlopCounter(config, FROZEN, image_size=28)
     texts = torch.zeros(1, TEXT, dtype=torch.int64)
     with FlopCounterMode(display=False) as counted, torch.no_grad():
@@ -76,6 +79,7 @@ def test_the_two_stream_formula_equals_a_counted_run(mode: str) -> None:
 def test_published_shapes_have_their_known_sizes() -> None:
     llama_7b = {"model_type": "llama", "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 2}
     config = SamMllmConfig(
+        guidance_mode="none",
         vision_config={"model_type": "instructblip_vision_model"},
         text_config=llama_7b | {"num_attention_heads": 32, "vocab_size": 32000},
     )
