@@ -135,7 +135,8 @@ def _part_config(role: str, part: PartOptions, base: PretrainedConfig | None) ->
             defaults = AutoConfig.for_model(model_type)
         except ValueError as error:
             raise ConfigError(f"model.{role}.config: {error}") from None
-        return _override(defaults, overrides, where=f"model.{role}.config")
+        _check_keys(defaults, overrides, where=f"model.{role}.config")
+        return AutoConfig.for_model(model_type, **overrides)  # anew: some defaults follow from others
     if source is not None and source.startswith(TIMM_PREFIX):
         if role != "vision":
             raise ConfigError(f"model.{role}.model_name_or_path: {source}: timm has vision towers only")
@@ -161,18 +162,21 @@ def _check_timm(source: str) -> None:
 
 
 def _override(config: PretrainedConfig, overrides: dict[str, Any], *, where: str) -> PretrainedConfig:
-    values = config.to_dict()
-    for key, value in overrides.items():
-        if not hasattr(config, key):
-            near = difflib.get_close_matches(key, values, n=1)
-            hint = f"; did you mean `{near[0]}`?" if near else ""
-            raise ConfigError(f"{where}.{key}: a {config.model_type} configuration has no such key{hint}")
-        values[key] = value
+    _check_keys(config, overrides, where=where)
+    values = config.to_dict() | overrides
     layers = overrides.get("num_hidden_layers")
     if layers and isinstance(values.get("layer_types"), list):
         values["layer_types"] = values["layer_types"][:layers]
     values.pop("model_type", None)
     return AutoConfig.for_model(config.model_type, **values)
+
+
+def _check_keys(config: PretrainedConfig, overrides: dict[str, Any], *, where: str) -> None:
+    for key in overrides:
+        if not hasattr(config, key):
+            near = difflib.get_close_matches(key, config.to_dict(), n=1)
+            hint = f"; did you mean `{near[0]}`?" if near else ""
+            raise ConfigError(f"{where}.{key}: a {config.model_type} configuration has no such key{hint}")
 
 
 def _qformer_like_bert(config: PretrainedConfig, *, source: str) -> InstructBlipQFormerConfig:
