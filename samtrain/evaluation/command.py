@@ -20,7 +20,7 @@ from samtrain.data.options import DataOptions
 from samtrain.evaluation.evaluator import evaluate_splits
 from samtrain.evaluation.options import EvaluationOptions
 from samtrain.evaluation.report import scores_table
-from samtrain.generation.export import load_exported
+from samtrain.generation.export import check_exported, load_exported
 from samtrain.generation.options import GenerationOptions
 
 
@@ -42,7 +42,9 @@ def evaluate_folder(command: EvaluateCommand) -> None:
     Raises:
         InputError: checkpoint or data cannot be used.
     """
-    split_folders(command)  # before any process starts: a wrong folder is one message
+    # Before any process starts: a wrong folder is one message.
+    split_folders(command)
+    check_exported(command.checkpoint)
     if command.num_workers == 1:
         _run(command)
         return

@@ -16,7 +16,6 @@ from samtrain.core.distributed import all_gather_object, broadcast_object, is_ma
 from samtrain.core.errors import DataError, SamtrainError
 from samtrain.core.events import Emit, discard
 from samtrain.core.files import atomic_write_json
-from samtrain.core.parameters import is_partitioned
 from samtrain.core.sample import SampleRecord
 from samtrain.data.index import ShardIndex
 from samtrain.data.loader import read_for_generation
@@ -121,6 +120,7 @@ def evaluate_splits(
     """Answer every sample of every split; to be called by all ranks, which all get the whole result.
 
     Args:
+        model: whole on every rank (the exported one), not partitioned.
         folders: name of the split -> its folder of shards.
         options: samples a rank generates at once, samples of each split, examples to keep.
         data: for its limit on image sizes.
@@ -180,7 +180,6 @@ def _answers(
 ) -> dict[int, str]:
     """Sample -> answer, of the first `count` samples, on every rank."""
     batches = cost_ordered_batches(index, count, batch_size=batch_size)
-    in_lockstep = any(is_partitioned(p) for p in model.parameters())
     answers: dict[int, str] = {}
     error: str | None = None
     done = 0
@@ -192,11 +191,9 @@ def _answers(
         try:
             items = [_item(index, i, data, processor) for i in chosen] if error is None else []
         except SamtrainError as raised:
-            error = str(raised)  # other ranks wait for this one, in lockstep or at the gathering: it raises after it
+            error = str(raised)  # the other ranks wait for this one at the gathering: it raises after it
         if items:
             answers |= dict(zip(chosen, generate_batch(model, processor, items, generation)))
-        elif in_lockstep:
-            generate_batch(model, processor, [("?", [])], generation)
         done += sum(len(batch) for batch in batches[start : start + world_size()])
         emit({"kind": "progress", "what": what, "done": done, "total": count})
     merged: dict[int, str] = {}

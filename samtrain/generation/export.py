@@ -200,7 +200,7 @@ def load_exported(
     from samtrain.model import SamMllmForConditionalGeneration, SamMllmProcessor
 
     folder, device = Path(folder), torch.device(device)
-    _check_folder(folder)
+    check_exported(folder)
     if dtype is None and device.type == "cpu":
         dtype = torch.float32
     try:
@@ -216,8 +216,10 @@ def load_exported(
     return model.to(device).eval(), processor
 
 
-def _check_folder(folder: Path) -> None:
-    hint = "give a folder that a run exported (output_dir/export)"
+def check_exported(folder: str | Path) -> None:
+    """Raise CheckpointError where `folder` is no exported model; reads nothing but its config."""
+    folder = Path(folder)
+    hint = "give a folder that a run exported (`model` in its output_dir)"
     if not folder.is_dir():
         raise CheckpointError(f"{folder}: no such folder; {hint}")
     try:

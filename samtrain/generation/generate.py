@@ -11,9 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from PIL import Image
 
-from samtrain.core.distributed import world_size
 from samtrain.core.errors import InputError
-from samtrain.core.parameters import is_partitioned
 from samtrain.generation.options import GenerationOptions
 
 if TYPE_CHECKING:
@@ -31,10 +29,7 @@ def generate_answers(
     *,
     batch_size: int,
 ) -> list[str]:
-    """An answer for each (instruction, images), in order.
-
-    Under ZeRO-3 every rank must call this with equally many batches: the ranks generate in lockstep.
-    """
+    """An answer for each (instruction, images), in order; the model's parameters must be whole."""
     answers: list[str] = []
     for start in range(0, len(items), batch_size):
         answers += generate_batch(model, processor, items[start : start + batch_size], options)
@@ -80,8 +75,6 @@ def generation_arguments(
         "do_sample": False,
         "eos_token_id": eos,
         "pad_token_id": processor.pad_token_id,
-        # A rank whose answers are complete keeps stepping until all are: others need its share of the weights.
-        "synced_gpus": world_size() > 1 and any(is_partitioned(p) for p in model.parameters()),
     }
 
 

@@ -147,8 +147,8 @@ class MlflowTracker:
     def finish(self, status: RunStatus) -> None:
         """End the run and wait for the sender. A second call does nothing.
 
-        While requests get through there is no limit (a model may take minutes); when the server is down for
-        `patience_seconds` the rest stays in the spool and a warning says where, and how to send it.
+        While something arrives there is no limit (a model may take minutes); when nothing has for
+        `patience_seconds`, the rest stays in the spool and a warning says where, and how to send it.
         """
         if self._finished:
             return
@@ -157,7 +157,7 @@ class MlflowTracker:
         with self._lock:
             self._append("finish", status=status)
             self._finished = True
-        self._sender.finish(patience_seconds=self._patience_seconds)
+        self._sender.finish(patience_seconds=self._patience_seconds, is_uploading=lambda: self._writer.is_uploading)
         self._http_settings.__exit__(None, None, None)
         if self._spool.is_drained:
             self._spool.delete()
@@ -222,6 +222,7 @@ class _Writer:
 
     def __init__(self, tracking_uri: str, spool: Spool, *, run_id: str | None, warn: Any) -> None:
         self.tracking_uri, self.run_id = tracking_uri, run_id
+        self.is_uploading = False  # inside the request for one file, however large
         self._spool, self._warn = spool, warn
         self._client: Any = None
         self._steps_held: dict[str, int] = {}  # metric -> its last step in a run that was there before us
@@ -352,7 +353,11 @@ class _Writer:
         path = self._spool.real_path(operation["path"])
         if not path.is_file():
             raise FileNotFoundError(f"{path} is gone")
-        self._client.log_artifact(self.run_id, str(path), artifact_path=operation["folder"])
+        self.is_uploading = True
+        try:
+            self._client.log_artifact(self.run_id, str(path), artifact_path=operation["folder"])
+        finally:
+            self.is_uploading = False
 
     def _do_text(self, batch: list[Operation]) -> None:
         (operation,) = batch
@@ -481,12 +486,12 @@ def _is_permanent(error: Exception) -> bool:
 
 @contextlib.contextmanager
 def _impatient_http() -> Iterator[None]:
-    """Let requests fail within seconds (MLflow's defaults wait for minutes); what the user set stays."""
-    ours = {
-        "MLFLOW_HTTP_REQUEST_TIMEOUT": "20",
-        "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
-        "MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR": "0",
-    }
+    """Let a request fail at the first or second attempt (MLflow's defaults try for minutes): retrying is our work.
+
+    What the user set stays. The timeout of a request stays MLflow's: a server may need a minute to store a large file
+    after it has taken it, and only the sender thread ever waits.
+    """
+    ours = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1", "MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR": "0"}
     added = [name for name in ours if name not in os.environ]
     os.environ.update({name: ours[name] for name in added})
     try:

@@ -29,7 +29,7 @@ class Sender:
     ) -> None:
         self._spool, self._send, self._on_down, self._on_back = spool, send, on_down, on_back
         self._wake, self._closing, self._give_up = threading.Event(), threading.Event(), threading.Event()
-        self._down_since: float | None = None
+        self._is_down = False
         self._pause_seconds = _FIRST_PAUSE_SECONDS
         self._thread = threading.Thread(target=self._run, name="tracking-sender", daemon=True)
 
@@ -40,21 +40,22 @@ class Sender:
         """Say that something was appended."""
         self._wake.set()
 
-    def finish(self, *, patience_seconds: float) -> None:
-        """Wait until everything is sent; gives up once the server has been down for `patience_seconds` from now on.
+    def finish(self, *, patience_seconds: float, is_uploading: Callable[[], bool] = lambda: False) -> None:
+        """Wait until everything is sent; gives up when nothing has arrived for `patience_seconds`.
 
-        While requests get through there is no limit: a large model takes its minutes. A request that hangs ends by
-        its own timeout and counts as down from then on.
+        While operations get through there is no limit, nor within the upload of one file: a large model takes its
+        minutes, and a dead connection ends by its own timeout.
         """
-        started = time.monotonic()
         self._closing.set()
         self._wake.set()
+        position, since = self._spool.state.acknowledged, time.monotonic()
         while self._thread.is_alive():
             self._thread.join(timeout=0.1)
-            since = self._down_since
-            if since is not None and time.monotonic() - max(started, since) > patience_seconds:
+            if self._spool.state.acknowledged != position:
+                position, since = self._spool.state.acknowledged, time.monotonic()
+            elif time.monotonic() - since > patience_seconds and not is_uploading():
                 self._give_up.set()
-                self._thread.join(timeout=patience_seconds)  # it may be inside a request
+                self._thread.join(timeout=1.0)  # it may hang inside a request; as a daemon it ends with the process
                 return
 
     def _run(self) -> None:
@@ -73,14 +74,14 @@ class Sender:
         try:
             self._send(operations)
         except Exception as error:  # whatever it is: training goes on, and the spool keeps what was not sent
-            if self._down_since is None:
-                self._down_since = time.monotonic()
+            if not self._is_down:
+                self._is_down = True
                 self._on_down(error)
             closing = self._closing.is_set()
             (self._give_up if closing else self._closing).wait(min(self._pause_seconds, 1.0 if closing else 1e9))
             self._pause_seconds = min(2 * self._pause_seconds, _LAST_PAUSE_SECONDS)
         else:
             self._pause_seconds = _FIRST_PAUSE_SECONDS
-            if self._down_since is not None:
-                self._down_since = None
+            if self._is_down:
+                self._is_down = False
                 self._on_back()

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from samtrain.core.errors import ConfigError, DataError
+from samtrain.core.errors import CheckpointError, ConfigError, DataError
 from samtrain.data.options import DataOptions
 from samtrain.evaluation.command import EvaluateCommand, evaluate_folder
 from samtrain.evaluation.evaluator import cost_ordered_batches, evaluate_splits, set_name
@@ -152,5 +152,7 @@ def test_the_command_says_what_is_wrong_before_it_loads_the_model(make_split, tm
     with pytest.raises(DataError, match="no such folder of shards"):
         evaluate(tmp_path / "nothing")
     one, other = make_split(tmp_path / "a" / "test").folder, make_split(tmp_path / "b" / "test").folder
+    with pytest.raises(CheckpointError, match="no such folder"):
+        evaluate(make_split(tmp_path / "c").folder)
     with pytest.raises(ConfigError, match="another folder is called 'test' too"):
         evaluate(one, other)

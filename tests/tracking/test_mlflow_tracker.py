@@ -4,6 +4,7 @@ import json
 import math
 import os
 import shutil
+import socket
 import threading
 import time
 from pathlib import Path
@@ -202,11 +203,12 @@ def test_system_metrics_are_logged_and_continue_after_a_resume(tmp_path, monkeyp
 
 
 def test_http_settings_are_put_back(tmp_path, monkeypatch):
-    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "77")
+    retries, backoff = "MLFLOW_HTTP_REQUEST_MAX_RETRIES", "MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR"
+    monkeypatch.setenv(backoff, "7")
     run = Run(tmp_path)
-    assert os.environ["MLFLOW_HTTP_REQUEST_TIMEOUT"] == "77" and os.environ["MLFLOW_HTTP_REQUEST_MAX_RETRIES"] == "1"
+    assert os.environ[retries] == "1" and os.environ[backoff] == "7"
     run.tracker.finish("FINISHED")
-    assert os.environ["MLFLOW_HTTP_REQUEST_TIMEOUT"] == "77" and "MLFLOW_HTTP_REQUEST_MAX_RETRIES" not in os.environ
+    assert retries not in os.environ and os.environ[backoff] == "7"
 
 
 # --- a real server that dies ---------------------------------------------------------------------------------------
@@ -288,6 +290,25 @@ def test_a_run_whose_server_never_answers_is_replayed_later(tmp_path, dead_serve
     assert stored.info.status == "FAILED" and stored.data.params == {"seed": "3"} and stored.data.metrics == {"x": 1.0}
     assert [entry.path for entry in client.list_artifacts(run_id)] == ["ledger.jsonl"]
     assert replay_command.main([str(moved / "mlflow-spool")]) == 2  # sent and deleted
+
+
+def test_a_server_that_accepts_and_never_answers_holds_up_nobody(tmp_path):
+    with socket.socket() as silent:
+        silent.bind(("127.0.0.1", 0))
+        silent.listen(50)
+        run = Run(tmp_path, f"http://127.0.0.1:{silent.getsockname()[1]}", patience_seconds=1.0)
+
+        def whole_run():
+            for step in range(1000):
+                run.tracker.log_metrics({"x": 1.0}, step=step)
+            run.tracker.finish("FINISHED")
+
+        caller = threading.Thread(target=whole_run)
+        caller.start()
+        caller.join(timeout=60)  # MLflow's own timeout is 120 s a request
+        assert not caller.is_alive()
+    assert "samtrain.tracking.replay" in run.warnings[-1]
+    assert len((run.spool / "spool.jsonl").read_text().splitlines()) == 1002
 
 
 def test_a_resumed_run_sends_what_its_crashed_predecessor_could_not(tmp_path, dead_server):
