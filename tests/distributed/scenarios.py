@@ -290,7 +290,7 @@ def oracle(*, total_steps=4, frozen=(), **changes):
     return {"losses": losses, "norms": norms, "weights": {n: p.tolist() for n, p in model.named_parameters()}}
 
 
-def multimodal(*, output_dir, trained, zero_options, total_steps=3):
+def multimodal(*, output_dir, trained, zero_options, total_steps=2):
     """The real model, tiny, with checkpointing: its losses by the engine and by plain torch."""
     from transformers import InstructBlipQFormerConfig, InstructBlipVisionConfig, LlamaConfig
 
