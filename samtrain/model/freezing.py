@@ -61,17 +61,18 @@ def trainable_counts(model: nn.Module) -> dict[str, tuple[int, int]]:
 def keep_frozen_parts_in_eval(model: nn.Module) -> None:
     """Put parts without a trainable parameter in eval mode, so that their dropout and batch norm stand still.
 
-    transformers' checkpointed layers recompute only while their own `training` flag is set. A frozen part above a
-    trainable one (the LLM above guidance) needs recomputation too, so that flag alone stays on; the layer's children,
-    where dropout lives, stay in eval, and a dropout rate the layer itself holds (OPT) is set to zero.
+    transformers' checkpointed layers recompute only while their own `training` flag is set. A frozen language model
+    above something that trains needs recomputation too, so that flag alone stays on; the layer's children, where
+    dropout lives, stay in eval, and a dropout rate the layer itself holds (OPT) is set to zero.
     """
-    training = model.training
-    for child in model.children():
+    for name, child in model.named_children():
         if any(p.requires_grad for p in child.parameters()):
             continue
         child.eval()
+        if name != "language_model" or not model.training:
+            continue
         for layer in child.modules():
-            if training and isinstance(layer, GradientCheckpointingLayer) and layer.gradient_checkpointing:
+            if isinstance(layer, GradientCheckpointingLayer) and layer.gradient_checkpointing:
                 layer.training = True
                 if isinstance(getattr(layer, "dropout", None), float):
                     layer.dropout = 0.0  # type: ignore[assignment]

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, InstructBlipQFormerModel, PreTrainedModel, initialization
 from transformers.generation.logits_process import LogitsProcessorList, RepetitionPenaltyLogitsProcessor
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import ModelOutput
 
 from samtrain.core.batch import IGNORE_INDEX, ImageGroups
@@ -104,6 +105,20 @@ class SamMllmForConditionalGeneration(PreTrainedModel):
         super().train(mode)
         keep_frozen_parts_in_eval(self)
         return self
+
+    def gradient_checkpointing_enable(  # type: ignore[override]
+        self, gradient_checkpointing_kwargs: dict[str, Any] | None = None
+    ) -> None:
+        """Recompute the layers of the language model, and of the vision tower where it trains, in the backward pass.
+
+        Not those of the Q-Former: both streams need layer k after each other, and ZeRO-3 refuses a module that is
+        called twice under checkpointing. They are small.
+        """
+        super().gradient_checkpointing_enable(gradient_checkpointing_kwargs or {"use_reentrant": False})
+        for layer in self.qformer.modules():
+            if isinstance(layer, GradientCheckpointingLayer):
+                layer.gradient_checkpointing = False
+        self.train(self.training)
 
     def forward(
         self,

@@ -56,7 +56,7 @@ def test_a_frozen_language_model_recomputes_its_layers_and_keeps_its_dropout_off
         model = tiny_model(kind, random_guidance=True)
         apply_freezing(model, TrainablePartsOptions())
         if checkpointing:
-            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            model.gradient_checkpointing_enable()
         model.train()
         calls: list[int] = []
         model.language_model.get_decoder().layers[0].self_attn.register_forward_pre_hook(
@@ -67,6 +67,30 @@ def test_a_frozen_language_model_recomputes_its_layers_and_keeps_its_dropout_off
         assert len(calls) == (2 if checkpointing else 1)
     for name, gradient in gradients[0].items():
         assert (gradients[1][name] - gradient).abs().max() < 1e-6, name
+
+
+def test_checkpointing_never_wraps_the_qformers_layers_which_run_twice(tiny_model: Any, make_batch: Any) -> None:
+    model = tiny_model(random_guidance=True, dropout=0.0)
+    apply_freezing(model, TrainablePartsOptions(vision=True, qformer=True, language_model="full"))
+    gradients = []
+    for checkpointing in (False, True):
+        if checkpointing:
+            model.gradient_checkpointing_enable()
+        model.train().zero_grad()
+        calls: dict[str, int] = {}
+        hooks = [
+            module.register_forward_pre_hook(lambda *_, n=name, calls=calls: calls.update({n: calls.get(n, 0) + 1}))
+            for name, module in model.named_modules()
+        ]
+        model(**make_batch([2, 3]).model_inputs()).loss_sum.backward()
+        for hook in hooks:
+            hook.remove()
+        gradients.append({n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None})
+        twice = 2 if checkpointing else 1
+        assert calls["language_model.model.layers.1.self_attn"] == calls["vision_model.encoder.layers.0.mlp"] == twice
+        assert [calls[f"qformer.encoder.layer.{t}.attention"] for t in range(4)] == [1, 1, 2, 1]
+    for name, gradient in gradients[0].items():
+        assert (gradients[1][name] - gradient).abs().max() < 1e-5, name
 
 
 def test_unknown_parameter_names_belong_to_no_part() -> None:
