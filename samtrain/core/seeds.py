@@ -25,9 +25,10 @@ def rng_state() -> dict[str, Any]:
     """The state of every generator of this process, as tensors and JSON-able values."""
     version, words, gauss = random.getstate()
     name, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
+    words_numpy = [int(word) for word in keys]
     state: dict[str, Any] = {
         "python": [version, list(words), gauss],
-        "numpy": [name, keys.tolist(), position, has_gauss, cached],
+        "numpy": [name, words_numpy, position, has_gauss, cached],
         "torch": torch.get_rng_state().tolist(),
     }
     if torch.cuda.is_available():

@@ -16,6 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModel
 from transformers.initialization import no_init_weights
 
+from samtrain.core.batch import IGNORE_INDEX, PackedBatch
 from samtrain.model.configuration import SamMllmConfig
 from samtrain.model.options import TrainablePartsOptions
 from samtrain.model.vision import build_vision_model
@@ -28,10 +29,6 @@ class SampleFlops:
     vision: float
     qformer: float
     language_model: float
-
-    @property
-    def total(self) -> float:
-        return self.vision + self.qformer + self.language_model
 
 
 class FlopCounter:
@@ -61,6 +58,26 @@ class FlopCounter:
             qformer=self._qformer(num_images, num_text_tokens),
             language_model=llm_passes * (body + head),
         )
+
+    def batch(self, batch: PackedBatch) -> dict[str, float]:
+        """Part (vision, qformer, llm) -> operations of a pack's samples; nothing for a filler."""
+        work = {"vision": 0.0, "qformer": 0.0, "llm": 0.0}
+        if batch.is_empty:
+            return work
+        labels = torch.nn.functional.pad((batch.labels != IGNORE_INDEX).cumsum(0), (1, 0)).tolist()  # before token i
+        tokens, images = batch.cu_seqlens.tolist(), batch.cu_images.tolist()
+        for s, num_text_tokens in enumerate(batch.qformer_attention_mask.sum(1).tolist()):
+            start, stop = tokens[s], tokens[s + 1]
+            flops = self.sample(
+                num_tokens=stop - start,
+                num_labels=labels[stop] - labels[start],
+                num_images=images[s + 1] - images[s],
+                num_text_tokens=num_text_tokens,
+            )
+            work["vision"] += flops.vision
+            work["qformer"] += flops.qformer
+            work["llm"] += flops.language_model
+        return work
 
     @property
     def _has_lora(self) -> bool:
