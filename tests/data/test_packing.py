@@ -35,6 +35,11 @@ def test_packs_are_no_more_than_twice_the_least_possible():
         assert len(packed(sizes)) <= 1.5 * least + 1
 
 
+def test_large_samples_are_placed_first():
+    sizes = [SampleSize(f"s{i}", tokens, 1) for i, tokens in enumerate((60, 60, 60, 140, 140, 140))]
+    assert packed(sizes) == [[0, 3], [1, 4], [2, 5]]  # in the order given it would be four packs
+
+
 @pytest.mark.parametrize(("tokens", "images"), [(201, 1), (20, 10), (300, 20)])
 def test_a_sample_over_budget_is_named_with_counts_and_keys(tokens, images):
     size = SampleSize("big", tokens, images)

@@ -49,6 +49,15 @@ def test_the_largest_sample_is_found_where_bytes_mislead(tmp_path, encoder):
     assert largest_sample(ShardIndex.load(tmp_path), encoder)["key"] == "many-words"
 
 
+def test_a_text_denser_than_those_sampled_is_found_within_the_margin(tmp_path, encoder):
+    texts = ["x" * 400 + " w" * 39] * 300 + ["ww " * 110] * 1700  # many bytes and few tokens; 0.31 tokens a byte
+    texts[1003] = "ww " * 80 + "w " * 40  # 0.35 tokens a byte; neither among the 256 spread nor the 256 of most bytes
+    with ShardWriter(tmp_path, max_samples_per_shard=2000) as writer:
+        for i, text in enumerate(texts):
+            writer.write(key=f"s-{i}", task="t", instruction=text.strip(), output="y", images=[])
+    assert largest_sample(ShardIndex.load(tmp_path), encoder)["key"] == "s-1003"
+
+
 @pytest.mark.parametrize("seed", range(3))
 def test_few_of_many_samples_are_encoded_to_find_the_largest(tmp_path, encoder, seed):
     draw = random.Random(seed)
