@@ -63,9 +63,9 @@ class ProgressDisplay:
             prefix = "warning: " if event["level"] == "warning" else ""
             self._print(Text(prefix + event["text"], style=style))
         elif kind == "eval":
-            self._print(_table(event["title"], event["columns"], event["rows"]))
+            self._print_table(event["title"], event["columns"], event["rows"])
         elif kind in ("plan", "summary"):
-            self._print(_table(event["title"], None, event["rows"]))
+            self._print_table(event["title"], None, event["rows"])
 
     def _line(self, text: str, *, is_last: bool) -> None:
         if self._console.is_terminal:
@@ -85,6 +85,10 @@ class ProgressDisplay:
     def _print(self, renderable: Any) -> None:
         self._release()
         self._console.print(renderable, soft_wrap=isinstance(renderable, Text))  # above the live line, if there is one
+
+    def _print_table(self, title: str, columns: list[str] | None, rows: list[list[Any]]) -> None:
+        self._print(Text(title, style="bold"))  # a table wraps its own title to its width
+        self._print(_table(columns, rows))
 
     def _end_line(self) -> None:
         """Leave the last line standing."""
@@ -116,8 +120,8 @@ def _duration(seconds: float) -> str:
     return f"{hours}:{minutes:02d}:{rest:02d}"
 
 
-def _table(title: str, columns: list[str] | None, rows: list[list[Any]]) -> Table:
-    table = Table(title=title, title_justify="left", show_header=columns is not None)
+def _table(columns: list[str] | None, rows: list[list[Any]]) -> Table:
+    table = Table(show_header=columns is not None)
     for number, column in enumerate(columns or ["", ""]):
         numeric = columns is not None and number > 0
         table.add_column(str(column), overflow="fold", justify="right" if numeric else "left", no_wrap=False)

@@ -8,6 +8,7 @@ time, and in the other direction the wish to stop. This is the only module that 
 import logging
 import math
 import os
+import socket
 import threading
 import time
 from pathlib import Path
@@ -24,6 +25,7 @@ from samtrain.launch.worker import Message, Outcome, Worker, restarting, run_and
 from samtrain.recipe import Recipe
 
 _POLL_SECONDS = 0.5
+_CONNECT_SECONDS = 10.0
 _TEARDOWN_SECONDS = 20.0  # how long Ray Train may take to end a run whose outcome is known
 _OBJECT_STORE_BYTES = 200 * 2**20  # nothing large travels through it; the default takes 30 % of a small /dev/shm
 # What a user sets where the job is sent from and means for the workers (never shown: it travels in the arguments).
@@ -69,6 +71,7 @@ def _connect(recipe: Recipe, *, address: str | None) -> None:
         "logging_config": ray.LoggingConfig(log_level="CRITICAL"),
     }
     if address is not None:
+        _check_reachable(address)
         try:
             ray.init(address=address, **quiet)
         except (ConnectionError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
@@ -83,6 +86,21 @@ def _connect(recipe: Recipe, *, address: str | None) -> None:
         object_store_memory=_OBJECT_STORE_BYTES,
         **quiet,
     )
+
+
+def _check_reachable(address: str) -> None:
+    """Ray itself tries an address where nothing listens for minutes."""
+    host, separator, port = address.rpartition(":")
+    if "//" in address:
+        raise InputError(
+            f"Ray address {address}: give host:port of the head; from outside the cluster, use `ray job submit`"
+        )
+    if not separator or not port.isdigit():
+        return  # `auto`, `local`: Ray knows at once
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=_CONNECT_SECONDS).close()
+    except OSError as error:
+        raise InputError(f"no Ray cluster at {address}: {error}; --local runs without one") from None
 
 
 # ---- room for the workers

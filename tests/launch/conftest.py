@@ -1,6 +1,5 @@
 """Stand-ins for `samtrain.train.run_worker`, in a module that other processes can import, and a recipe for them."""
 
-import sys
 import textwrap
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -98,18 +97,21 @@ def train_until_stopped(recipe_yaml, *, emit):
 '''
 
 
-@pytest.fixture
-def stand_ins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
-    """The module of stand-ins; spawned workers find it too (sys.path travels with them)."""
-    folder = tmp_path / "stand_ins"
-    folder.mkdir()
+@pytest.fixture(scope="session")
+def stand_ins_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("stand_ins")
     (folder / "samtrain_stand_ins.py").write_text(STAND_INS)
-    monkeypatch.syspath_prepend(str(folder))
-    monkeypatch.setenv("PYTHONPATH", str(folder))
+    return folder
+
+
+@pytest.fixture
+def stand_ins(stand_ins_folder: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """The module of stand-ins; spawned workers find it too (sys.path travels with them)."""
+    monkeypatch.syspath_prepend(str(stand_ins_folder))
+    monkeypatch.setenv("PYTHONPATH", str(stand_ins_folder))
     import samtrain_stand_ins
 
-    yield samtrain_stand_ins
-    sys.modules.pop("samtrain_stand_ins")
+    return samtrain_stand_ins
 
 
 @pytest.fixture
