@@ -11,7 +11,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 PROBE = """
 import importlib, json, logging, os, pkgutil, random, sys, threading
-import torch, transformers  # theirs, not ours
+import rich.live, rich.progress, rich.style, rich.table, torch, transformers, typer  # theirs: rich draws numbers
 heavy = {names}
 environment = dict(os.environ)
 root_handlers, threads = list(logging.root.handlers), threading.active_count()
