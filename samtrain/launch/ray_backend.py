@@ -303,7 +303,7 @@ class _Training(threading.Thread):
                 resources_per_worker=_bundle(self._recipe),
             ),
             run_config=RunConfig(
-                name="ray",
+                name=".ray",  # Ray Train keeps its own marker files in a folder of that name, on the shared storage
                 storage_path=str(Path(self._recipe.output_dir).resolve()),
                 failure_config=_failure_config(launch.max_failures),
             ),
