@@ -26,9 +26,7 @@ def main() -> None:
 
 
 @app.command()
-def plan(
-    recipe: Path, overrides: Annotated[list[str] | None, typer.Argument(help="key=value")] = None
-) -> None:
+def plan(recipe: Path, overrides: Annotated[list[str] | None, typer.Argument(help="key=value")] = None) -> None:
     """Check a recipe and its data and show the plan of the run; nothing is trained."""
     from samtrain.launch.cli import main as launch
 

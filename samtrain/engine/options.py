@@ -8,7 +8,10 @@ from samtrain.core.options import Options
 
 
 class ZeroOptions(Options):
-    """DeepSpeed ZeRO-3.
+    """DeepSpeed ZeRO-3; sizes in elements.
+
+    max_reuse_distance: parameters that are used again within so many elements stay whole. Looking that far ahead
+        costs the host minutes in the first steps of a small model of many modules: 0 there.
 
     frozen_towers: `partitioned` over the ranks, or `replicated` on each (no gather per call, more memory).
         With `offload: all` they are always partitioned.
@@ -20,6 +23,7 @@ class ZeroOptions(Options):
     reduce_bucket_size: int = Field(default=50_000_000, ge=1)
     prefetch_bucket_size: int = Field(default=50_000_000, ge=0)
     param_persistence_threshold: int = Field(default=100_000, ge=0)
+    max_reuse_distance: int = Field(default=1_000_000_000, ge=0)
     offload: Literal["none", "optimizer", "all"] = "none"
 
 

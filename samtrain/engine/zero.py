@@ -74,6 +74,7 @@ def deepspeed_config(options: TrainOptions, *, device: torch.device) -> dict[str
         "contiguous_gradients": True,
         "reduce_bucket_size": zero.reduce_bucket_size,
         "stage3_prefetch_bucket_size": zero.prefetch_bucket_size,
+        "stage3_max_reuse_distance": zero.max_reuse_distance,
         "stage3_param_persistence_threshold": 2**62 if is_alone else zero.param_persistence_threshold,
     }
     offload = {"device": "cpu", "pin_memory": device.type == "cuda"}
