@@ -1,5 +1,6 @@
 """Stand-ins for `samtrain.train.run_worker`, in a module that other processes can import, and a recipe for them."""
 
+import os
 import textwrap
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -108,7 +109,7 @@ def stand_ins_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def stand_ins(stand_ins_folder: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     """The module of stand-ins; spawned workers find it too (sys.path travels with them)."""
     monkeypatch.syspath_prepend(str(stand_ins_folder))
-    monkeypatch.setenv("PYTHONPATH", str(stand_ins_folder))
+    monkeypatch.setenv("PYTHONPATH", str(stand_ins_folder), prepend=os.pathsep)
     import samtrain_stand_ins
 
     return samtrain_stand_ins

@@ -103,6 +103,15 @@ def test_sigterm_reaches_the_workers_which_end_as_terminated(
         run_local(make_recipe(), emit=stop_once_training, stop=stop, worker=stand_ins.train_until_stopped)
 
 
+def test_sigterm_while_workers_start_is_not_lost_and_kills_none(
+    stand_ins: ModuleType, make_recipe: MakeRecipe, stop: StopRequest
+) -> None:
+    """They have no handler yet for a second or so; the signal waits for it."""
+    os.kill(os.getpid(), signal.SIGTERM)
+    with pytest.raises(Terminated, match="saved checkpoint-7"):
+        run_local(make_recipe(), emit=lambda event: None, stop=stop, worker=stand_ins.train_until_stopped)
+
+
 def test_workers_end_when_their_launcher_is_killed(stand_ins: ModuleType, write_script: Callable[[str], Path]) -> None:
     import subprocess
     import sys

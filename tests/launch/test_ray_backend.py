@@ -63,7 +63,7 @@ def head(stand_ins_folder: Path) -> Iterator[Head]:
     port, dashboard = free_port(), free_port()
     environment = {
         **os.environ,
-        "PYTHONPATH": str(stand_ins_folder),
+        "PYTHONPATH": os.pathsep.join([str(stand_ins_folder), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep),
         "OMP_NUM_THREADS": "1",
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN": secrets.token_hex(16),
