@@ -20,6 +20,7 @@ from torch import Tensor
 from samtrain.core.batch import GlobalStep, PackedBatch
 from samtrain.core.distributed import all_gather_object, all_reduce_sum
 from samtrain.core.errors import TrainingError
+from samtrain.core.seeds import rng_state, set_rng_state
 from samtrain.engine.watchdog import Watchdog
 from samtrain.engine.zero import Engine
 
@@ -125,5 +126,7 @@ def warm_up(engine: Engine, batch: PackedBatch, *, watchdog: Watchdog) -> None:
     instead of adding to it, so that nothing of it remains (tested).
     """
     watchdog.enter("warm-up", step=0, keys=batch.keys)
+    drawn = rng_state()  # a resumed run warms up too: dropout must not draw other numbers afterwards
     engine.backward(engine.forward(batch.to(engine.device)).loss_sum, is_last=False)
     engine.discard_gradients()
+    set_rng_state(drawn)
