@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers.utils.logging import disable_progress_bar
 
 from samtrain.core import distributed
 from samtrain.core.batch import GlobalStep
@@ -71,6 +72,7 @@ def run_worker(recipe_yaml: str, *, emit: Emit) -> dict[str, Any]:
     recipe = parse_recipe(recipe_yaml, source="the resolved recipe")
     device = _device(recipe)
     configure_logging(rank=int(os.environ.get("RANK", "0")))
+    disable_progress_bar()  # of transformers: the launcher shows the run's own progress
     zero.init_distributed(device, timeout_seconds=recipe.train.timeout_seconds)
     seed_everything(derive_seed(recipe.seed, "rank", distributed.rank()))
     return _Run(recipe, device=device, emit=emit).execute()

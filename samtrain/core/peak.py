@@ -20,7 +20,9 @@ def peak_tflops(device: torch.device, dtype: torch.dtype) -> tuple[float, str]:
 
 
 def _measured(device: torch.device, dtype: torch.dtype, size: int) -> float:
-    a = torch.randn(size, size, device=device, dtype=dtype)
+    # A generator of its own: the run's random numbers, dropout's among them, must not depend on a measurement.
+    generator = torch.Generator(device).manual_seed(0)
+    a = torch.randn(size, size, device=device, dtype=dtype, generator=generator)
     best = float("inf")
     for _ in range(5):
         _synchronize(device)

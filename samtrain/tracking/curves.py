@@ -1,6 +1,7 @@
-"""A figure of a run's curves from its `logging.jsonl`: losses, learning rate, gradient norm, throughput, scores."""
+"""A figure of a run's curves from its `logging.jsonl`: losses, learning rate, gradient norm, throughput, CIDEr."""
 
 import math
+import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -8,13 +9,15 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+# Scores by number of images and of the baseline: too many for a legend.
+_LEFT_OUT = re.compile(r"eval/.*/(images_\d+|majority)/")
 # Title of a panel -> what its metrics' names hold. A panel without points is not drawn.
 _PANELS: dict[str, tuple[str, ...]] = {
     "loss": ("loss",),
     "learning rate": ("learning_rate",),
     "gradient norm": ("grad_norm",),
     "throughput per second and GPU": ("_per_s",),
-    "score": ("/rouge_l", "/cider", "/bleu_4"),
+    "CIDEr": ("/cider",),
 }
 
 
@@ -43,7 +46,8 @@ def _series(rows: Sequence[dict[str, Any]], parts: tuple[str, ...]) -> dict[str,
     series: dict[str, list[tuple[int, float]]] = {}
     for row in rows:
         for key, value in row.items():
-            if any(part in key for part in parts) and isinstance(value, (int, float)) and math.isfinite(value):
+            is_shown = any(part in key for part in parts) and not _LEFT_OUT.match(key)
+            if is_shown and isinstance(value, (int, float)) and math.isfinite(value):
                 series.setdefault(key, []).append((row["step"], value))
     return series
 
