@@ -32,7 +32,7 @@ from samtrain.data.preflight import largest_pack
 from samtrain.engine import zero
 from samtrain.engine.callbacks import Callback, Metrics, Progress, Utilization
 from samtrain.engine.checkpoint import Checkpointer
-from samtrain.engine.checkpoint_folder import find_resume
+from samtrain.engine.checkpoint_folder import FINISHED_FILE, find_resume
 from samtrain.engine.evaluate import evaluate_loss
 from samtrain.engine.optimizer import build_parameter_groups
 from samtrain.engine.state import TrainState
@@ -53,7 +53,6 @@ from samtrain.tracking.protocol import NullTracker, RunStatus, Tracker
 MODEL_FOLDER = "model"
 LEDGER_FILE = "ledger.jsonl"
 PREDICTIONS_FOLDER = "predictions"
-FINISHED_FILE = "finished.json"
 TRACKING_FOLDER = "tracking"
 
 

@@ -13,6 +13,7 @@ from samtrain.core.errors import CheckpointError, ConfigError
 
 COMPLETE = "COMPLETE"
 POINTER = "latest"
+FINISHED_FILE = "finished.json"  # beside the checkpoints, when the run has reached its end
 
 
 def checkpoint_path(output_dir: Path, step: int) -> Path:

@@ -23,11 +23,10 @@ import yaml
 
 from samtrain.core.errors import ConfigError
 from samtrain.core.files import atomic_write
-from samtrain.engine.checkpoint_folder import complete_checkpoints, find_resume
+from samtrain.engine.checkpoint_folder import FINISHED_FILE, complete_checkpoints, find_resume
 from samtrain.recipe import Recipe
 
 RECIPE_FILE = "recipe.yaml"
-FINISHED_FILE = "finished.json"
 
 # What may change between a run and its continuation: it does not decide the numbers.
 _FREE_KEYS = (
