@@ -3,8 +3,8 @@
 Legend: T tokens in the pack, S samples in the pack, I images in the pack, N images of one sample,
 Q query tokens per image, Tq Q-Former text tokens (padded on the right), H, W pixels.
 
-A pack holds whole samples one after another. `cu_seqlens` marks their token borders, `cu_images` their
-image borders: sample s owns tokens cu_seqlens[s]:cu_seqlens[s+1] and images cu_images[s]:cu_images[s+1].
+A pack holds whole samples one after another. `cu_seqlens` marks their token borders, `cu_images` (of its image
+groups) their image borders: sample s owns tokens cu_seqlens[s]:cu_seqlens[s+1] and images cu_images[s]:cu_images[s+1].
 Labels are aligned with the inputs (Hugging Face convention: the model shifts); the first token of every
 sample carries IGNORE_INDEX, so shifting never crosses a border.
 """
@@ -29,12 +29,14 @@ class ImageGroups:
     slot_of_image:  [I] int64, its place 0..N-1 within the sample.
     images_of_group: [S, Nmax] int64, the images of each sample; 0 where `valid` is False.
     valid:          [S, Nmax] bool.
+    cu_images:      [S+1] int32, the first image of each sample, and I.
     """
 
     group_of_image: Tensor
     slot_of_image: Tensor
     images_of_group: Tensor
     valid: Tensor
+    cu_images: Tensor
 
     @staticmethod
     def from_counts(counts: list[int]) -> "ImageGroups":
@@ -47,7 +49,8 @@ class ImageGroups:
         images = torch.where(valid, starts[:, None] + slots[None, :], 0)
         group_of_image = torch.repeat_interleave(torch.arange(num_groups), n)
         slot_of_image = torch.arange(int(n.sum())) - starts[group_of_image]
-        return ImageGroups(group_of_image, slot_of_image, images, valid)
+        cu_images = torch.nn.functional.pad(torch.cumsum(n, 0), (1, 0)).to(torch.int32)
+        return ImageGroups(group_of_image, slot_of_image, images, valid, cu_images)
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> "ImageGroups":
         return ImageGroups(*(getattr(self, f.name).to(device, non_blocking=non_blocking) for f in fields(self)))
@@ -61,10 +64,10 @@ class PackedBatch:
     """One micro-batch of one rank: whole samples, isolated from each other.
 
     input_ids, labels, position_ids: [T] int64 (position_ids restart at 0 with every sample).
-    cu_seqlens, cu_images: [S+1] int32, on the host's side equal to the device's.
+    cu_seqlens: [S+1] int32, the first token of each sample, and T.
     pixel_values: [I, 3, H, W] float32, normalised; I may be 0 (the model then adds its zero-weighted dummy).
     qformer_input_ids, qformer_attention_mask: [S, Tq] int64.
-    image_groups: the index tables of the I images.
+    image_groups: the index tables of the I images, their borders `cu_images` among them.
     image_token_id, num_query_tokens: how image spans are written in input_ids.
     keys: the S sample keys, in pack order. An empty pack (see `is_empty`) has none.
     num_label_tokens: number of labels that count in the loss.
@@ -74,7 +77,6 @@ class PackedBatch:
     labels: Tensor
     position_ids: Tensor
     cu_seqlens: Tensor
-    cu_images: Tensor
     pixel_values: Tensor
     qformer_input_ids: Tensor
     qformer_attention_mask: Tensor
@@ -88,6 +90,10 @@ class PackedBatch:
     def is_empty(self) -> bool:
         """True for the filler a rank runs when a step has fewer packs than ranks: one token, no label, no image."""
         return not self.keys
+
+    @property
+    def cu_images(self) -> Tensor:
+        return self.image_groups.cu_images
 
     @property
     def num_images(self) -> int:
@@ -150,6 +156,8 @@ class PackedBatch:
             raise BatchError(f"{who}: cu_seqlens ends at {token_borders[-1]}, the pack has {num_tokens} tokens")
         if image_borders[0] != 0 or image_borders[-1] != self.num_images:
             raise BatchError(f"{who}: cu_images ends at {image_borders[-1]}, the pack has {self.num_images} images")
+        if image_borders != sorted(image_borders):
+            raise BatchError(f"{who}: cu_images goes down: {image_borders}")
         is_image = (self.input_ids == self.image_token_id).tolist()
         for s in range(num_samples):
             key = self.keys[s] if self.keys else "(empty pack)"
@@ -157,10 +165,10 @@ class PackedBatch:
             if stop <= start:
                 raise BatchError(f"{key}: has no tokens")
             found = sum(is_image[start:stop])
-            expected = (image_borders[s + 1] - image_borders[s]) * self.num_query_tokens
-            if found != expected:
+            places = (image_borders[s + 1] - image_borders[s]) * self.num_query_tokens
+            if found != places:
                 raise BatchError(
-                    f"{key}: {found} image tokens in the text but {expected} expected "
+                    f"{key}: {found} image tokens in the text but {places} expected "
                     f"({image_borders[s + 1] - image_borders[s]} images x {self.num_query_tokens} query tokens)"
                 )
             if int(self.labels[start]) != IGNORE_INDEX:
@@ -173,8 +181,9 @@ class PackedBatch:
         counts = [b - a for a, b in pairwise(image_borders)]
         expected_groups = ImageGroups.from_counts(counts)
         for f in fields(ImageGroups):
-            if not torch.equal(getattr(self.image_groups, f.name), getattr(expected_groups, f.name)):
-                raise BatchError(f"{who}: image_groups.{f.name} does not agree with cu_images {image_borders}")
+            table, expected = getattr(self.image_groups, f.name), getattr(expected_groups, f.name)
+            if table.dtype != expected.dtype or not torch.equal(table, expected):
+                raise BatchError(f"{who}: image_groups.{f.name} does not agree with its cu_images {image_borders}")
         return self
 
 

@@ -47,7 +47,6 @@ def collate(samples: Sequence[ReadySample], encoder: SampleEncoder) -> PackedBat
         labels=torch.tensor(labels, dtype=torch.int64),
         position_ids=_int64(chain.from_iterable(range(sample.text.num_tokens) for sample in samples)),
         cu_seqlens=_borders(sample.text.num_tokens for sample in samples),
-        cu_images=_borders(counts),
         pixel_values=pixel_values,
         qformer_input_ids=qformer_input_ids,
         qformer_attention_mask=qformer_attention_mask,
@@ -66,7 +65,6 @@ def empty_batch(encoder: SampleEncoder) -> PackedBatch:
         labels=torch.tensor([IGNORE_INDEX]),
         position_ids=torch.tensor([0]),
         cu_seqlens=_borders([1]),
-        cu_images=_borders([0]),
         pixel_values=_no_pixels(encoder),
         # One visible token: a row without any would be a softmax over nothing in some attentions.
         qformer_input_ids=torch.tensor([[encoder.qformer_pad_token_id]]),

@@ -1,4 +1,4 @@
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import Any
 
 import pytest
@@ -20,7 +20,6 @@ def batch(**changes: Any) -> PackedBatch:
         "labels": torch.tensor(labels),
         "position_ids": torch.tensor([*range(7), *range(3)]),
         "cu_seqlens": torch.tensor([0, 7, 10], dtype=torch.int32),
-        "cu_images": torch.tensor([0, 2, 2], dtype=torch.int32),
         "pixel_values": torch.zeros(2, 3, 4, 4),
         "qformer_input_ids": torch.ones(2, 5, dtype=torch.int64),
         "qformer_attention_mask": torch.ones(2, 5, dtype=torch.int64),
@@ -49,7 +48,7 @@ def test_a_batch_that_keeps_its_promises_passes() -> None:
         ({"labels": torch.zeros(9, dtype=torch.int64)}, r"a, b: labels has shape \(9,\), input_ids \(10,\)"),
         ({"position_ids": torch.zeros(11, dtype=torch.int64)}, "position_ids has shape"),
         ({"keys": ("a",)}, "1 keys but 2 samples"),
-        ({"cu_images": torch.tensor([0, 2], dtype=torch.int32)}, "cu_images holds 1 samples, cu_seqlens 2"),
+        ({"image_groups": ImageGroups.from_counts([2])}, "cu_images holds 1 samples, cu_seqlens 2"),
         ({"qformer_input_ids": torch.ones(3, 5, dtype=torch.int64)}, "3 Q-Former texts for 2 samples"),
         ({"qformer_attention_mask": torch.ones(2, 4, dtype=torch.int64)}, "differ in shape"),
         ({"cu_seqlens": torch.tensor([0, 7, 9], dtype=torch.int32)}, "cu_seqlens ends at 9, the pack has 10 tokens"),
@@ -60,7 +59,7 @@ def test_a_batch_that_keeps_its_promises_passes() -> None:
         (changed("input_ids", 0, 1), r"a: 3 image tokens in the text but 4 expected \(2 images x 2 query tokens\)"),
         (changed("labels", 7, 3), "b: its first token carries a label"),
         ({"num_label_tokens": 5}, "4 labels count in the loss but num_label_tokens is 5"),
-        ({"image_groups": ImageGroups.from_counts([1, 1])}, "image_groups.group_of_image does not agree"),
+        ({"image_groups": ImageGroups.from_counts([1, 1])}, r"a: 4 image tokens .* \(1 images x 2 query tokens\)"),
     ],
 )
 def test_a_broken_promise_is_named_with_both_counts(changes: dict[str, Any], message: str) -> None:
@@ -68,11 +67,19 @@ def test_a_broken_promise_is_named_with_both_counts(changes: dict[str, Any], mes
         batch(**changes).validate()
 
 
-def test_every_table_of_image_groups_is_compared() -> None:
+@pytest.mark.parametrize("name", [f.name for f in fields(ImageGroups)])
+def test_every_table_of_image_groups_is_compared(name: str) -> None:
     groups = batch().image_groups
-    broken = replace(groups, slot_of_image=groups.slot_of_image.flip(0))
-    with pytest.raises(BatchError, match="slot_of_image"):
-        batch(image_groups=broken).validate()
+    table = getattr(groups, name)
+    for broken in (table.to(torch.float64), table.logical_not().to(table.dtype)):
+        with pytest.raises(BatchError, match=r"image_groups|cu_images"):
+            batch(image_groups=replace(groups, **{name: broken})).validate()
+
+
+def test_borders_of_images_that_go_down_are_refused() -> None:
+    groups = replace(ImageGroups.from_counts([2, 0]), cu_images=torch.tensor([0, 3, 2], dtype=torch.int32))
+    with pytest.raises(BatchError, match=r"cu_images goes down: \[0, 3, 2\]"):
+        batch(image_groups=groups).validate()
 
 
 def test_image_groups_tell_who_shares_an_instruction() -> None:
@@ -81,6 +88,7 @@ def test_image_groups_tell_who_shares_an_instruction() -> None:
     assert groups.slot_of_image.tolist() == [0, 1, 0, 1, 2]
     assert groups.valid.tolist() == [[True, True, False], [False] * 3, [True] * 3]
     assert groups.images_of_group.tolist() == [[0, 1, 0], [0, 0, 0], [2, 3, 4]]
+    assert groups.cu_images.tolist() == [0, 2, 2, 5] and groups.cu_images.dtype == torch.int32
 
 
 @pytest.mark.parametrize("counts", [[], [0], [1], [0, 0, 4], [3, 1, 0, 2]])
@@ -104,7 +112,6 @@ def test_a_pack_without_keys_is_the_empty_filler() -> None:
         labels=torch.tensor([IGNORE_INDEX]),
         position_ids=torch.tensor([0]),
         cu_seqlens=torch.tensor([0, 1], dtype=torch.int32),
-        cu_images=torch.tensor([0, 0], dtype=torch.int32),
         pixel_values=torch.zeros(0, 3, 4, 4),
         qformer_input_ids=torch.ones(1, 1, dtype=torch.int64),
         qformer_attention_mask=torch.ones(1, 1, dtype=torch.int64),

@@ -87,7 +87,6 @@ def pack(step: int, slots: list[int], *, size: int = 2) -> PackedBatch:
         labels=labels,
         position_ids=torch.cat(positions),
         cu_seqlens=torch.tensor(borders, dtype=torch.int32),
-        cu_images=torch.tensor(images, dtype=torch.int32),
         pixel_values=torch.cat(pixels),
         qformer_input_ids=torch.ones(num_samples, 1, dtype=torch.int64),
         qformer_attention_mask=torch.ones(num_samples, 1, dtype=torch.int64),

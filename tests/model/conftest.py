@@ -191,7 +191,6 @@ def make_batch() -> Callable[..., PackedBatch]:
             labels=torch.tensor(labels),
             position_ids=torch.tensor(positions),
             cu_seqlens=torch.tensor(borders, dtype=torch.int32),
-            cu_images=torch.tensor(images, dtype=torch.int32),
             pixel_values=torch.randn(images[-1], 3, IMAGE_SIZE, IMAGE_SIZE, generator=g).to(dtype),
             qformer_input_ids=text_ids,
             qformer_attention_mask=text_mask,
