@@ -1,5 +1,7 @@
-"""Operations of the SAM two-stream Q-Former that no library has. PyTorch reference implementations so far."""
+"""Operations of the SAM two-stream Q-Former that no library has."""
 
-from samtrain_kernels.image_mix.reference import image_mix_weights, mix_images
+from samtrain_kernels.dispatch import Backend, resolve_backend
+from samtrain_kernels.image_mix import image_mix_weights, mix_images
+from samtrain_kernels.tables import ImageTables
 
-__all__ = ["image_mix_weights", "mix_images"]
+__all__ = ["Backend", "ImageTables", "image_mix_weights", "mix_images", "resolve_backend"]

@@ -18,7 +18,7 @@ Legend: I images, S samples, N most images of a sample, P patches, C width of th
 Q-Former, Q query tokens, Tq text tokens, R rows of the W stream (I, or S while all images of a sample share it).
 """
 
-from typing import Any
+from typing import Literal, cast
 
 import torch
 from samtrain_kernels import image_mix_weights, mix_images
@@ -30,6 +30,14 @@ from samtrain.core.errors import BatchError
 from samtrain.model.configuration import SamMllmConfig
 
 
+class PatchScore(nn.Linear):
+    """The adaptive adjustment, Linear(C, 1). Its forward calls the kernel, so that ZeRO-3 gathers the weight first."""
+
+    def forward(self, features: Tensor, groups: ImageGroups, context: Literal["others", "all"]) -> Tensor:  # type: ignore[override]
+        """Weights of the images in every context, [K, N, P] float32, from the features [I, P, C]."""
+        return image_mix_weights(features, self.weight[0], self.bias, groups, context=context)
+
+
 class Guidance(nn.Module):
     """The parameters of guidance: A, B, the adaptive adjustment, and (ours, not the paper's) the order embedding.
 
@@ -39,11 +47,11 @@ class Guidance(nn.Module):
     def __init__(self, config: SamMllmConfig) -> None:
         super().__init__()
         width, feature_width = config.qformer_config.hidden_size, config.qformer_config.encoder_hidden_size
-        self.context = config.guidance_context
+        self.context = cast(Literal["others", "all"], config.guidance_context)
         self.max_images = config.max_images
         self.initial_projection = nn.Linear(width, width)  # A
         self.context_projection = nn.Linear(width, width)  # B
-        self.patch_score = nn.Linear(feature_width, 1)  # adaptive adjustment; softmax makes its bias' gradient zero
+        self.patch_score = PatchScore(feature_width, 1)
         # Behind a module call, so that ZeRO-3 gathers it.
         self.order_embedding = nn.Embedding(config.max_images, feature_width) if config.order_embedding else None
         for module in (self.initial_projection, self.context_projection, self.order_embedding):
@@ -63,15 +71,8 @@ class Guidance(nn.Module):
                     "raise model.guidance.max_images"
                 )
             features = features + self.order_embedding(groups.slot_of_image)[:, None, :]
-        tables: dict[str, Any] = {
-            "group_of_image": groups.group_of_image,
-            "slot_of_image": groups.slot_of_image,
-            "images_of_group": groups.images_of_group,
-            "context": self.context,
-        }
-        scores = self.patch_score(features)[..., 0]  # [I, P]
-        weights = image_mix_weights(scores, valid=groups.valid, **tables)
-        return mix_images(features, weights, **tables)
+        weights = self.patch_score(features, groups, self.context)
+        return mix_images(features, weights, groups, context=self.context)
 
 
 def extract_visual_tokens(

@@ -10,7 +10,8 @@ from torch import Tensor
 from samtrain.core.batch import ImageGroups
 
 
-def by_loop(scores: Tensor, features: Tensor, counts: list[int], context: str) -> Tensor:
+def by_loop(features: Tensor, weight: Tensor, logit_bias: Tensor, counts: list[int], context: str) -> Tensor:
+    scores = features @ weight + logit_bias[:, None]
     mixed, start = [], 0
     for count in counts:
         own = list(range(start, start + count))
@@ -26,15 +27,10 @@ def by_loop(scores: Tensor, features: Tensor, counts: list[int], context: str) -
     return torch.stack(mixed)
 
 
-def by_op(scores: Tensor, features: Tensor, counts: list[int], context: Any) -> Tensor:
+def by_op(features: Tensor, weight: Tensor, logit_bias: Tensor, counts: list[int], context: Any) -> Tensor:
     groups = ImageGroups.from_counts(counts)
-    tables = {
-        "group_of_image": groups.group_of_image,
-        "slot_of_image": groups.slot_of_image,
-        "images_of_group": groups.images_of_group,
-    }
-    weights = image_mix_weights(scores, valid=groups.valid, context=context, **tables)
-    return mix_images(features, weights, context=context, **tables)  # fmt: skip
+    weights = image_mix_weights(features, weight, None, groups, context=context, logit_bias=logit_bias)
+    return mix_images(features, weights, groups, context=context)
 
 
 @pytest.mark.parametrize("context", ["others", "all"])
@@ -43,34 +39,37 @@ def by_op(scores: Tensor, features: Tensor, counts: list[int], context: Any) -> 
 def test_mix_and_gradients_equal_the_loop(context: str, counts: list[int], patches: int) -> None:
     torch.manual_seed(0)
     results = []
-    scores = torch.randn(sum(counts), patches, dtype=torch.float64) * 3
     features = torch.randn(sum(counts), patches, 6, dtype=torch.float64)
+    weight, logit_bias = torch.randn(6, dtype=torch.float64), torch.randn(sum(counts), dtype=torch.float64)
     for function in (by_loop, by_op):
-        s, f = scores.clone().requires_grad_(), features.clone().requires_grad_()
-        out = function(s, f, counts, context)
+        inputs = [x.clone().requires_grad_() for x in (features, weight, logit_bias)]
+        out = function(*inputs, counts, context)
         out.square().sum().backward()
-        results.append((out.detach(), torch.zeros_like(s) if s.grad is None else s.grad, f.grad))
+        results.append((out.detach(), *(torch.zeros_like(x) if x.grad is None else x.grad for x in inputs)))
     for expected, got in zip(*results):
-        assert (torch.zeros_like(got) if expected is None else expected).sub(got).abs().max() < 1e-12
+        assert (expected - got).abs().max() < 1e-12
 
 
 def test_a_dominating_image_leaves_the_others_exact() -> None:
     """1 - a_i by subtraction gives NaN here; the mask does not."""
-    groups = ImageGroups.from_counts([3])
-    scores = torch.tensor([[40.0], [0.0], [0.0]])
-    weights = image_mix_weights(
-        scores, group_of_image=groups.group_of_image, slot_of_image=groups.slot_of_image,
-        images_of_group=groups.images_of_group, valid=groups.valid, context="others",
-    )  # fmt: skip
+    features = torch.tensor([[[40.0]], [[0.0]], [[0.0]]])
+    weights = image_mix_weights(features, torch.ones(1), None, ImageGroups.from_counts([3]), context="others")
     assert weights[0, :, 0].tolist() == [0.0, 0.5, 0.5]
 
 
-def test_half_precision_scores_are_mixed_in_float32() -> None:
+def test_half_precision_features_are_scored_and_mixed_in_float32() -> None:
     groups = ImageGroups.from_counts([2, 3])
-    scores = torch.randn(5, 4, dtype=torch.bfloat16)
-    weights = image_mix_weights(
-        scores, group_of_image=groups.group_of_image, slot_of_image=groups.slot_of_image,
-        images_of_group=groups.images_of_group, valid=groups.valid, context="all",
-    )  # fmt: skip
+    features, weight = torch.randn(5, 4, 8, dtype=torch.bfloat16), torch.randn(8)
+    weights = image_mix_weights(features, weight, None, groups, context="all")
     assert weights.dtype == torch.float32
     assert torch.allclose(weights.sum(1), torch.ones(2, 4), atol=1e-6)
+    assert torch.equal(weights, image_mix_weights(features.float(), weight, None, groups, context="all"))
+
+
+def test_the_bias_of_the_score_changes_nothing_and_its_gradient_is_exactly_zero() -> None:
+    groups = ImageGroups.from_counts([2, 3])
+    features, weight, bias = torch.randn(5, 4, 8), torch.randn(8), torch.full((1,), 3.0, requires_grad=True)
+    weights = image_mix_weights(features, weight, bias, groups, context="others")
+    weights.square().sum().backward()
+    assert torch.equal(weights, image_mix_weights(features, weight, None, groups, context="others"))
+    assert bias.grad is not None and bias.grad.tolist() == [0.0]

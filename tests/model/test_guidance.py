@@ -19,6 +19,7 @@ RAGGED = [2, 1, 3, 5]
 def reference(model: SamMllmForConditionalGeneration, features: Tensor, batch: PackedBatch) -> Tensor:
     """One image at a time, one layer at a time; softmax over a stacked list of images."""
     config, guidance, qformer = model.config, model.guidance, model.qformer
+    score = guidance.patch_score
     outputs = []
     borders = batch.cu_images.tolist()
     for s, (first, last) in enumerate(pairwise(borders)):
@@ -35,7 +36,7 @@ def reference(model: SamMllmForConditionalGeneration, features: Tensor, batch: P
             context_set = [j for j in range(len(group)) if config.guidance_context == "all" or j != i]
             own = group[i][None]
             if context_set:
-                scores = torch.stack([guidance.patch_score(read[j])[:, 0] for j in context_set])  # [n, P]
+                scores = torch.stack([(read[j] @ score.weight[0] + score.bias) for j in context_set])  # [n, P]
                 a = torch.softmax(scores, 0)
                 c = sum(a[n][:, None] * read[j] for n, j in enumerate(context_set))[None]
             q = w = x0

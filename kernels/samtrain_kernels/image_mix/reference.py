@@ -1,78 +1,66 @@
-"""Mix the images of a sample patch by patch.
+"""Mix the images of a sample patch by patch, in PyTorch: the specification of this operation.
 
 Legend: I images in the batch, S samples (groups), N the largest number of images of a sample, P patches, C width,
-K contexts: one per image (`others`) or one per sample (`all`).
+K contexts: one per image (`others`, K = I) or one per sample (`all`, K = S).
 
-    a[k, j, p] = softmax over the images j of context k of score[j, p]
+    s[j, p]    = w . F[j, p] + b + logit_bias[j]
+    a[k, j, p] = softmax over the images j of context k of s[j, p]
     C[k, p]    = sum_j a[k, j, p] F[j, p]
 
-The index tables are those of `samtrain.core.batch.ImageGroups`, built on the host: nothing here waits for the device.
 Excluded images are masked, never subtracted from a total: 1 - a loses all digits where one image dominates.
 """
-
-from typing import Literal
 
 import torch
 from torch import Tensor
 
+from samtrain_kernels.tables import Context, ImageTables
 
-def image_mix_weights(
-    scores: Tensor,
-    *,
-    group_of_image: Tensor,
-    slot_of_image: Tensor,
-    images_of_group: Tensor,
-    valid: Tensor,
-    context: Literal["others", "all"],
-) -> Tensor:
-    """Softmax weights over the image axis for every context and patch.
 
-    Args:
-        scores: [I, P], the patch scores s_j[p]. The softmax runs in float32, or wider where the scores are wider.
-        group_of_image, slot_of_image: [I] int64, the sample of an image and its place in it.
-        images_of_group: [S, N] int64; valid: [S, N] bool.
-        context: `others`: the images of the sample except the context's own; `all`: all of them.
+def wide_dtype(dtype: torch.dtype) -> torch.dtype:
+    """float32, or float64 for float64: what logits and softmax run in."""
+    return torch.promote_types(dtype, torch.float32)
 
-    Returns:
-        [K, N, P]: rows sum to one over N; all zero where a context has no image (N = 1 with `others`).
-    """
-    wide = scores.to(torch.promote_types(scores.dtype, torch.float32))
-    scores_of_group = wide[images_of_group]  # [S, N, P]
+
+def patch_logits_reference(features: Tensor, score_weight: Tensor) -> Tensor:
+    """w . F: [I, P, C] and [C] -> [I, P], float32 (float64 for float64 features)."""
+    wide = wide_dtype(features.dtype)
+    return features.to(wide) @ score_weight.to(wide)
+
+
+def context_members(groups: ImageTables, context: Context) -> Tensor:
+    """[K, N] bool: which slots of its sample a context reads."""
     if context == "all":
-        member, scores_of_context = valid, scores_of_group
-    else:
-        slots = torch.arange(valid.shape[1], device=valid.device)
-        member = valid[group_of_image] & (slots != slot_of_image[:, None])  # [I, N]
-        scores_of_context = scores_of_group[group_of_image]  # [I, N, P]
-    member = member[:, :, None]
+        return groups.valid
+    slots = torch.arange(groups.valid.shape[1], device=groups.valid.device)
+    return groups.valid[groups.group_of_image] & (slots != groups.slot_of_image[:, None])
+
+
+def masked_softmax_reference(logits: Tensor, groups: ImageTables, *, context: Context) -> Tensor:
+    """Softmax over the images of every context: [I, P] -> [K, N, P], in the dtype of `logits`."""
+    logits_of_context = logits[groups.images_of_group]  # [S, N, P]
+    if context == "others":
+        logits_of_context = logits_of_context[groups.group_of_image]  # [I, N, P]
+    member = context_members(groups, context)[:, :, None]
     # A finite floor, not -inf: an empty context would give NaN, also in the gradients of the others.
-    floored = scores_of_context.masked_fill(~member, torch.finfo(wide.dtype).min)
+    floored = logits_of_context.masked_fill(~member, torch.finfo(logits.dtype).min)
     return floored.softmax(dim=1) * member
 
 
-def mix_images(
-    features: Tensor,
-    weights: Tensor,
-    *,
-    group_of_image: Tensor,
-    slot_of_image: Tensor,
-    images_of_group: Tensor,
-    context: Literal["others", "all"],
-) -> Tensor:
-    """Contextual features, materialised.
+def mix_images(features: Tensor, weights: Tensor, groups: ImageTables, *, context: Context) -> Tensor:
+    """Contextual features (or keys, or values), materialised.
 
     Args:
-        features: [I, P, C], any floating dtype. weights: [K, N, P] as `image_mix_weights` returns them.
+        features: [I, P, ...], any floating dtype. weights: [K, N, P] as `image_mix_weights` returns them.
 
     Returns:
-        [K, P, C] in the dtype of `features`; zero for an empty context.
+        [K, P, ...] in the dtype of `features`; zero for an empty context.
     """
-    features_of_group = features[images_of_group]  # [S, N, P, C]; invalid places repeat image 0 with weight 0
+    features_of_group = features[groups.images_of_group]  # [S, N, P, ...]; invalid places: image 0 with weight 0
     weights = weights.to(features.dtype)
     if context == "all":
-        return torch.einsum("snp,snpc->spc", weights, features_of_group)
+        return torch.einsum("snp,snp...->sp...", weights, features_of_group)
     # [I, N, P] -> [S, N, N, P], so that a sample's features are read in place and not once per context.
-    by_group = weights.new_zeros(*images_of_group.shape, *weights.shape[1:])
-    by_group = by_group.index_put((group_of_image, slot_of_image), weights)
-    mixed = torch.einsum("sinp,snpc->sipc", by_group, features_of_group)
-    return mixed[group_of_image, slot_of_image]
+    by_group = weights.new_zeros(*groups.images_of_group.shape, *weights.shape[1:])
+    by_group = by_group.index_put((groups.group_of_image, groups.slot_of_image), weights)
+    mixed = torch.einsum("sinp,snp...->sip...", by_group, features_of_group)
+    return mixed[groups.group_of_image, groups.slot_of_image]
