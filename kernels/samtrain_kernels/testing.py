@@ -2,10 +2,10 @@
 
 An operation is judged twice, always against float64 on the same (already rounded) inputs:
 
-1. Relative to plain PyTorch in the same precision: the largest error may be at most 2 times (gradients: 3 times) that of
-   the reference, plus 1e-5 of the largest value. So a kernel cannot be worse than the eager code it replaces.
-2. Absolute: the root mean square error, relative to that of the exact values, stays below a ceiling for the precision.
-   So a bad reference cannot hide a bug.
+1. Relative to plain PyTorch in the same precision: the largest error may be at most 2 times (gradients: 3 times) that
+   of the reference, plus 1e-5 of the largest value. So a kernel cannot be worse than the eager code it replaces.
+2. Absolute: the root mean square error, relative to that of the exact values, stays below a ceiling for the
+   precision. So a bad reference cannot hide a bug.
 
 What must be zero is compared with zero. NaN and Inf never pass.
 """
