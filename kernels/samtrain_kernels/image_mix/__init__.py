@@ -9,6 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from samtrain_kernels.image_mix.op import masked_softmax, patch_logits
 from samtrain_kernels.image_mix.reference import (
     masked_softmax_reference,
     mix_images,
@@ -59,11 +60,12 @@ def image_mix_weights(
     if logit_bias is not None and logit_bias.shape != features.shape[:1]:
         raise ValueError(f"logit_bias {tuple(logit_bias.shape)} must be [I] = [{features.shape[0]}]")
     with torch.autocast(features.device.type, enabled=False):
-        logits = patch_logits_reference(features, score_weight)
+        logits = (patch_logits if backend == "triton" else patch_logits_reference)(features, score_weight)
         if logit_bias is not None:
             logits = logits + logit_bias.to(wide_dtype(features.dtype))[:, None]
         if score_bias is not None:
             # Times zero: the true gradient is zero, and the rounding noise of a computed one would, divided by
             # itself in Adam, move the parameter by whole learning rates.
             logits = logits + 0.0 * score_bias.to(logits.dtype).reshape(())
-        return masked_softmax_reference(logits, groups, context=context)
+        softmax = masked_softmax if backend == "triton" else masked_softmax_reference
+        return softmax(logits, groups, context=context)
