@@ -73,10 +73,6 @@ class EvaluationResult:
             found |= _metrics(f"eval/{name}/majority", vars(scores))
         return found
 
-    def scores_dict(self) -> dict[str, dict[str, float]]:
-        """Set -> rouge_l, cider, bleu_4."""
-        return {name: {metric: getattr(scores, metric) for metric in METRICS} for name, scores in self.scores.items()}
-
     def event(self, *, title: str = "evaluation") -> dict[str, Any]:
         """An "eval" event: the scores as a table."""
         rows = score_rows(self.scores, majority=self.majority_scores)

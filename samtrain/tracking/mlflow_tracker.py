@@ -54,7 +54,8 @@ class MlflowTracker:
         options: the recipe's section; MLFLOW_TRACKING_URI, MLFLOW_EXPERIMENT_NAME and MLFLOW_RUN_ID win over it.
         run_name: shown in the UI.
         spool_folder: where the journal lives, on a local or shared disk that outlives the process.
-        default_store: folder of the embedded store (`mlflow.db`, `mlartifacts/`), used where no URI is given.
+        default_store: folder of the embedded store (`mlflow.db`), used where no URI is given, and of the artifacts
+            (`mlartifacts/`) of a database that no server stands before.
         run_id: the run to append to (from a checkpoint). None: a new one, or with `resume` the spool's own.
         resume: this launch goes on with the run whose journal may lie in `spool_folder`. Otherwise a journal found
             there belongs to another run and is set aside.
@@ -94,7 +95,7 @@ class MlflowTracker:
             "open",
             run_id=known,
             experiment=os.environ.get("MLFLOW_EXPERIMENT_NAME") or options.experiment_name,
-            artifact_location=(store / "mlartifacts").as_uri() if uri is None else None,
+            artifact_location=_artifact_location(self.tracking_uri, default_store=store),
             run_name=run_name,
             launch_id=uuid.uuid4().hex,
             tags={"mlflow.user": _user(), "mlflow.source.name": "samtrain", "mlflow.source.git.commit": git_commit()},
@@ -499,6 +500,20 @@ def _impatient_http() -> Iterator[None]:
     finally:
         for name in added:
             os.environ.pop(name, None)
+
+
+def _artifact_location(tracking_uri: str, *, default_store: Path) -> str | None:
+    """Where a new experiment keeps its artifacts; None: a server, or a store in a folder, decides.
+
+    MLflow's own default for a database is `mlruns/` in whatever folder the process was started from. Artifacts of an
+    SQLite file lie beside it.
+    """
+    scheme, _, rest = tracking_uri.partition("://")
+    if scheme.partition("+")[0] not in ("sqlite", "postgresql", "mysql", "mssql"):
+        return None
+    path = rest.partition("?")[0].removeprefix("/")  # sqlite:///relative.db, sqlite:////absolute.db
+    folder = Path(path).absolute().parent if scheme == "sqlite" and path not in ("", ":memory:") else default_store
+    return (folder / "mlartifacts").as_uri()
 
 
 def _short(error: Exception) -> str:

@@ -53,7 +53,7 @@ def test_every_sample_is_answered_in_order_and_scored_per_task(model, processor,
     result.write(tmp_path / "out")
     assert score_directory(tmp_path / "out") == result.scores
     stored = json.loads((tmp_path / "out" / "scores.json").read_text())
-    assert stored["scores"]["test_style.link"]["cider"] == result.scores_dict()["test_style.link"]["cider"]
+    assert stored["scores"]["test_style.link"]["cider"] == expected.cider
     event = result.event()
     assert {len(row) for row in event["rows"]} == {len(event["columns"])}
 
@@ -103,7 +103,7 @@ def _rank(rank, port, fixtures_path, folder, queue):
     fixtures = runpy.run_path(fixtures_path)
     processor = fixtures["make_processor"]()
     result = run(fixtures["make_model"](processor), processor, {"test": folder})
-    queue.put((rank, result.rows, result.scores_dict(), len(result.examples)))
+    queue.put((rank, result.rows, result.metrics(), len(result.examples)))
     dist.destroy_process_group()
 
 
@@ -123,7 +123,7 @@ def test_two_ranks_give_what_one_gives(model, processor, make_split, tmp_path):
         process.join(timeout=60)
         assert process.exitcode == 0
     one = run(model, processor, {"test": folder})
-    assert answers[0][:2] == answers[1][:2] == [one.rows, one.scores_dict()]
+    assert answers[0][:2] == answers[1][:2] == [one.rows, one.metrics()]
     assert (answers[0][2], answers[1][2]) == (9, 0)
 
 

@@ -15,7 +15,7 @@ from PIL import Image
 
 from samtrain.core.errors import InputError
 from samtrain.tracking import replay as replay_command
-from samtrain.tracking.mlflow_tracker import MlflowTracker, replay
+from samtrain.tracking.mlflow_tracker import MlflowTracker, _artifact_location, replay
 from samtrain.tracking.options import TrackingOptions
 from samtrain.tracking.protocol import Example
 
@@ -176,6 +176,34 @@ def test_environment_wins(tmp_path, monkeypatch):
     second = Run(tmp_path, "http://127.0.0.1:9", run_id="1" * 32)
     second.tracker.finish("FINISHED")
     assert second.tracker.run_id == first.tracker.run_id and not (tmp_path / "runs").exists()
+
+
+def test_a_database_named_by_uri_keeps_artifacts_beside_it_and_leaves_the_working_directory_alone(
+    tmp_path, monkeypatch
+):
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    run = Run(tmp_path / "out", f"sqlite:///{tmp_path}/stores/mlflow.db")
+    run.tracker.log_text("name: mini\n", "recipe.yaml")
+    run.tracker.finish("FINISHED")
+    assert run.artifacts() == ["recipe.yaml"] and list((tmp_path / "stores" / "mlartifacts").rglob("recipe.yaml"))
+    assert list((tmp_path / "elsewhere").iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("uri", "expected"),
+    [
+        ("sqlite:////data/mlflow.db", "file:///data/mlartifacts"),
+        ("sqlite:////data/mlflow.db?timeout=5", "file:///data/mlartifacts"),
+        ("postgresql+psycopg2://user:secret@host/db", "file:///runs/mlartifacts"),
+        ("http://127.0.0.1:5000", None),
+        ("https://tracking.example", None),
+        ("/data/mlruns", None),
+        ("databricks", None),
+    ],
+)
+def test_only_a_database_without_a_server_is_told_where_artifacts_go(uri, expected):
+    assert _artifact_location(uri, default_store=Path("/runs")) == expected
 
 
 def test_what_mlflow_refuses_does_not_hold_up_the_rest(tmp_path):
