@@ -13,7 +13,7 @@ A file reads
       {"kernel": "patch_logits", "dtype": "bfloat16",
        "block_rows": 8, "block_columns": 256, "num_warps": 4, "num_stages": 2}]}
 
-and, where `tuned` is true, a `measured` object as well (GPU, driver, versions, commit).
+and, where `tuned` is true, a `measured` object as well (GPU, capability [9, 0], driver, versions, commit).
 """
 
 import functools
@@ -30,6 +30,9 @@ ContextKernel = Literal["context_forward", "context_backward", "context_kv_grad"
 PatchKernel = Literal["patch_logits", "patch_logits_grad"]
 CONTEXT_KERNELS: tuple[str, ...] = get_args(ContextKernel)
 PATCH_KERNELS: tuple[str, ...] = get_args(PatchKernel)
+
+_ROOT = Path(__file__).parent
+_FOLDERS = dict.fromkeys(CONTEXT_KERNELS, "context_attention") | dict.fromkeys(PATCH_KERNELS, "image_mix")
 
 DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in (torch.float16, torch.bfloat16, torch.float32)}
 ANY_IMAGES = "any"
@@ -168,6 +171,29 @@ def gpu_of(device: torch.device) -> tuple[str | None, tuple[int, int] | None]:
     return torch.cuda.get_device_name(device), torch.cuda.get_device_capability(device)
 
 
+def settings_files() -> list[Path]:
+    """Every settings file of this package."""
+    return sorted(
+        path for folder in sorted(set(_FOLDERS.values())) for path in (_ROOT / folder / "configs").glob("*.json")
+    )
+
+
+def capability_of(path: Path) -> tuple[int, int]:
+    """The compute capability a settings file is for: "sm_90" in its name, or what a tuned file says it measured.
+
+    Raises:
+        SettingError: the file says neither.
+    """
+    content = json.loads(path.read_text(encoding="utf-8"))
+    if found := re.fullmatch(r"sm_(\d+)(\d)", path.stem):
+        return int(found[1]), int(found[2])
+    try:
+        major, minor = content["measured"]["capability"]
+    except (KeyError, TypeError, ValueError) as error:
+        raise SettingError(f"{path}: measured.capability must be [major, minor]") from error
+    return major, minor
+
+
 def file_name(device_name: str) -> str:
     """The file of a GPU's tuned settings: "NVIDIA H200" -> "nvidia_h200.json"."""
     return re.sub(r"[^a-z0-9]+", "_", device_name.lower()).strip("_") + ".json"
@@ -256,7 +282,7 @@ def _check_keys(content: Any, required: dict[str, type], optional: dict[str, typ
 
 
 def _folder(kernel: str) -> Path:
-    return Path(__file__).parent / ("context_attention" if kernel in CONTEXT_KERNELS else "image_mix")
+    return _ROOT / _FOLDERS[kernel]
 
 
 def _files(kernel: str, device_name: str | None, capability: tuple[int, int] | None) -> list[Path]:

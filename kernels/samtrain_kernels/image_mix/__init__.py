@@ -9,13 +9,14 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from samtrain_kernels.image_mix.op import masked_softmax, patch_logits
+from samtrain_kernels.image_mix.op import patch_logits
 from samtrain_kernels.image_mix.reference import (
     masked_softmax_reference,
     mix_images,
     patch_logits_reference,
     wide_dtype,
 )
+from samtrain_kernels.image_mix.softmax import masked_softmax
 from samtrain_kernels.tables import Context, ImageTables
 
 __all__ = ["image_mix_weights", "mix_images"]
