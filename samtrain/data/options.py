@@ -8,12 +8,19 @@ from samtrain.core.options import Options
 
 
 class MiniOptions(Options):
-    """How `mmlink-mini` is built where `data.build: mmlink-mini` finds no shards yet."""
+    """How `mmlink-mini` is built where `data.build: mmlink-mini` finds no shards yet.
+
+    num_train, num_eval: at most so many stories too, in `train_story` and in `validation_story` and `test_story`.
+    stories: build these splits where the game "Battle for Wesnoth" is installed, always (or it is an error), or never.
+    story_sources: the folder of the game; null = look in the usual places.
+    """
 
     num_train: int = Field(default=4000, ge=1)
     num_eval: int = Field(default=200, ge=1)  # samples of each held-out split
     max_identities: int | None = Field(default=None, ge=4)  # fewer things to learn for short runs; null = all
     seed: int = 0
+    stories: Literal["if_installed", "required", "never"] = "if_installed"
+    story_sources: str | None = None
 
 
 class DataOptions(Options):

@@ -3,9 +3,11 @@
     folder/build_report.json          what was built, from what, and what was not (written last, before the rename)
     folder/ATTRIBUTION.md, attribution.json
     folder/train, validation, test_style, test_combination, test_identity     shards and their index
+    folder/train_story, validation_story, test_story                          the same, where stories can be built
 
 Everything goes to a folder beside and is renamed at the end. The bytes depend on the options and on the versions of the
-renderer and the image library, never on the number of processes.
+renderer and the image library, never on the number of processes. Stories depend on the installed game too; the other
+splits do not depend on stories.
 """
 
 import importlib.metadata
@@ -27,12 +29,15 @@ from samtrain.data.mini.art import Progress, render_stock
 from samtrain.data.mini.catalog import HELD_OUT_STYLES, TRAIN_STYLES
 from samtrain.data.mini.plans import SPLITS
 from samtrain.data.mini.samples import SampleMaker
+from samtrain.data.mini.stories import StoryMaker, StoryPart, find_stories, note_on_reuse, prepare_stories
 from samtrain.data.options import MiniOptions
 from samtrain.data.shards import ShardWriter
 
 REPORT_FILE = "build_report.json"
 FORMAT_VERSION = 1  # raised when the same options give other samples
-_WESNOTH = Path("/usr/share/games/wesnoth")  # where Debian's story sources lie
+_STORY_STOCK = ".stories.zip"  # while the set is built
+_STORY_LICENCE_FILE = "COPYING.wesnoth.txt"
+_STORY_OPTIONS = {"stories", "story_sources"}  # what they lead to is in the report, and no part of other splits
 
 
 def build_mini(
@@ -52,10 +57,12 @@ def build_mini(
         DataError: the folder holds something else, sources cannot be had or are not the pinned ones.
     """
     folder = Path(folder).absolute()
-    wanted = {"format_version": FORMAT_VERSION, **options.model_dump()}
+    wanted = {"format_version": FORMAT_VERSION, **options.model_dump(exclude=_STORY_OPTIONS)}
     found = _existing(folder, wanted)
     if found is not None:
+        note_on_reuse(found, options, folder=folder)
         return found | {"reused": True}
+    story_source = find_stories(options)
     store = (cache or _default_cache()) / "mini"
     report_progress = _thinned(progress)
     num_workers = parallel.available_cores()
@@ -68,10 +75,17 @@ def build_mini(
     try:
         building.chmod(0o755)  # mkdtemp makes private folders; a data set is not private
         maker = SampleMaker(stock, max_identities=options.max_identities, seed=options.seed)
-        splits = _write_splits(building, stock, options, num_workers=num_workers, progress=report_progress)
-        _write_attribution(building, credits)
-        seconds = {"sources": round(rendered - started, 1), "samples": round(time.monotonic() - rendered, 1)}
-        report = _report(wanted, maker, splits) | {"seconds": seconds}
+        stories = prepare_stories(story_source, building / _STORY_STOCK, options, progress=report_progress)
+        read = time.monotonic()
+        splits = _write_splits(building, stock, stories, options, num_workers=num_workers, progress=report_progress)
+        (building / _STORY_STOCK).unlink(missing_ok=True)
+        _write_attribution(building, credits, stories)
+        seconds = {
+            "sources": round(rendered - started, 1),
+            "stories": round(read - rendered, 1),
+            "samples": round(time.monotonic() - read, 1),
+        }
+        report = _report(wanted, maker, splits, stories) | {"seconds": seconds}
         atomic_write_json(building / REPORT_FILE, report)
         try:
             os.rename(building, folder)  # also onto an empty folder
@@ -79,6 +93,7 @@ def build_mini(
             found = _existing(folder, wanted)  # somebody else was faster
             if found is None:
                 raise
+            note_on_reuse(found, options, folder=folder)
             return found | {"reused": True}
     finally:
         shutil.rmtree(building, ignore_errors=True)
@@ -115,34 +130,37 @@ def _default_cache() -> Path:
     return Path(chosen) if chosen else Path.home() / ".cache" / "samtrain"
 
 
-_maker: SampleMaker | None = None  # of a worker process
+_makers: dict[str, SampleMaker | StoryMaker] = {}  # of a worker process, by split
 
 
-def _start_worker(stock: Path, max_identities: int | None, seed: int) -> None:
-    global _maker
-    _maker = SampleMaker(stock, max_identities=max_identities, seed=seed)
+def _start_worker(stock: Path, story_stock: Path | None, max_identities: int | None, seed: int) -> None:
+    maker = SampleMaker(stock, max_identities=max_identities, seed=seed)
+    _makers.update(dict.fromkeys(SPLITS, maker))
+    if story_stock is not None:
+        story_maker = StoryMaker(story_stock, seed=seed)
+        _makers.update(dict.fromkeys(story_maker.windows, story_maker))
 
 
 def _make(job: tuple[str, int]) -> dict[str, Any]:
-    assert _maker is not None
-    return _maker(*job)
+    split, index = job
+    return _makers[split](split, index)
 
 
 def _write_splits(
-    building: Path, stock: Path, options: MiniOptions, *, num_workers: int, progress: Progress
+    building: Path, stock: Path, stories: StoryPart, options: MiniOptions, *, num_workers: int, progress: Progress
 ) -> dict[str, Any]:
     """Compose all samples and write each split's shards; returns the report's row of every split."""
-    counts = {split: options.num_train if split == "train" else options.num_eval for split in SPLITS}
-    jobs = [(split, index) for split in SPLITS for index in range(counts[split])]
+    counts = {split: options.num_train if split == "train" else options.num_eval for split in SPLITS} | stories.counts
+    jobs = [(split, index) for split in counts for index in range(counts[split])]
     samples = parallel.ordered_map(
         _make,
         jobs,
         num_workers=num_workers,
         initializer=_start_worker,
-        initargs=(stock, options.max_identities, options.seed),
+        initargs=(stock, stories.stock, options.max_identities, options.seed),
     )
     rows, done = {}, 0
-    for split in SPLITS:
+    for split in counts:
         answers: dict[str, Counter[str]] = {}
         num_images = 0
         with ShardWriter(building / split) as writer:
@@ -179,9 +197,8 @@ def _task_row(answers: Counter[str]) -> dict[str, Any]:
     }
 
 
-def _report(wanted: dict[str, Any], maker: SampleMaker, splits: dict[str, Any]) -> dict[str, Any]:
+def _report(wanted: dict[str, Any], maker: SampleMaker, splits: dict[str, Any], stories: StoryPart) -> dict[str, Any]:
     roles = Counter(identity.role for identity in maker.identities)
-    installed = "" if _WESNOTH.exists() else "; its sources (Debian's wesnoth-1.16-data) are not installed"
     return {
         "name": "mmlink-mini",
         "options": wanted,
@@ -192,9 +209,9 @@ def _report(wanted: dict[str, Any], maker: SampleMaker, splits: dict[str, Any]) 
         "parts": {
             "group captioning": {"built": True},
             "cued linking": {"built": True},
-            "stories": {"built": False, "reason": f"this version of the builder makes no stories{installed}"},
+            "stories": stories.report,
         },
-        "backgrounds": "composited from generated colours and shapes; no inpainting",
+        "backgrounds": "composited from generated colours and shapes; no inpainting; stories on painted landscapes",
         "sources": [f"{package.name}@{package.version}" for package in _packages()],
         "versions": {name: importlib.metadata.version(name) for name in ("resvg-py", "pillow", "numpy")},
     }
@@ -204,22 +221,31 @@ def _packages() -> list[sources.Package]:
     return [*sources.STYLE_PACKAGES.values(), sources.EMOJIBASE]
 
 
-def _write_attribution(folder: Path, credits: list[dict[str, Any]]) -> None:
-    atomic_write_json(folder / "attribution.json", credits)
+def _write_attribution(folder: Path, credits: list[dict[str, Any]], stories: StoryPart) -> None:
+    atomic_write_json(folder / "attribution.json", [*credits, *stories.credits])
+    if stories.licence_text:
+        atomic_write(folder / _STORY_LICENCE_FILE, stories.licence_text)
     lines = [
         "# Attribution",
         "",
         "The pictures are composed from the works below, each under its own licence; all were changed: "
         f"{credits[0]['changes']}.",
         "",
-        "| title | author | licence | package | style |",
-        "|---|---|---|---|---|",
     ]
-    for row in credits:
+    if stories.credits:
+        row = stories.credits[0]
+        text = f" (text: {_STORY_LICENCE_FILE})" if stories.licence_text else ""
+        lines += [
+            f"Pictures and text of {', '.join(stories.counts)} are from Battle for Wesnoth and its campaigns, and may "
+            f"be passed on under {row['licence']}{text}; changed: {row['changes']}.",
+            "",
+        ]
+    lines += ["| title | author | licence | package | style |", "|---|---|---|---|---|"]
+    for row in [*credits, *stories.credits]:
         author = f"[{row['author']}]({row['homepage']})" if row["homepage"] else row["author"]
         licence = f"[{row['licence']}]({row['licence_url']})" if row["licence_url"] else row["licence"]
-        package = f"{row['package']} {row['version']}"
-        lines.append(f"| {row['title']} | {author} | {licence} | {package} | {row['style']} |")
+        cells = (row["title"], author, licence, f"{row['package']} {row['version']}", row["style"])
+        lines.append(f"| {' | '.join(cell.replace('|', '/') for cell in cells)} |")
     atomic_write(folder / "ATTRIBUTION.md", "\n".join(lines) + "\n")
 
 

@@ -33,6 +33,8 @@ _NEAR, _FAR, _MIDDLE = 48, SIZE - 48, SIZE // 2
 _PLACE_CENTRES = ((_NEAR, _NEAR), (_FAR, _NEAR), (_NEAR, _FAR), (_FAR, _FAR), (_MIDDLE, _MIDDLE))
 _PALETTE = [0, 0, 0, 230, 60, 60, 60, 160, 230, 240, 190, 40, 80, 190, 90, 170, 90, 200]
 
+Corner = tuple[int, int]  # upper left, in pixels
+
 
 @dataclass(frozen=True)
 class Picture:
@@ -58,13 +60,26 @@ def compose(
             continue
         corners, places = spots
         order = rng.permutation(len(things))
-        mask = _mask(outlines, corners, order)
-        objects = _describe(things, outlines, np.asarray(mask), places)
+        mask = merged_mask(outlines, corners, order)
+        objects = _describe(things, visible_boxes(outlines, mask), places)
         if objects is not None and (layout != "grid" or nearest(objects) is not None):
             break
     else:
         raise AssertionError(f"no layout for {[thing.identity.label for thing in things]} in {_ATTEMPTS} attempts")
     canvas, background = make_background(rng, size=SIZE, held_out=held_out_background)
+    return finished(canvas, sprites, corners, order, mask, objects, background)
+
+
+def finished(
+    canvas: Image.Image,
+    sprites: list[Image.Image],
+    corners: list[Corner],
+    order: np.ndarray,
+    mask: Image.Image,
+    objects: list[dict[str, Any]],
+    background: str,
+) -> Picture:
+    """Paste the sprites in that order and encode picture and mask."""
     for i in order:
         canvas.paste(sprites[i], corners[i], sprites[i])
     jpeg, png = io.BytesIO(), io.BytesIO()
@@ -96,14 +111,12 @@ def _sprite(
     size = (max(1, round(scale * sprite.width)), max(1, round(scale * sprite.height)))
     sprite = sprite.resize(size, Image.Resampling.BILINEAR)
     sprite = sprite.rotate(rng.uniform(-12, 12), Image.Resampling.BILINEAR, expand=True)
-    outline = _opaque(sprite)
+    outline = opaque(sprite)
     box = outline.getbbox()
     return sprite.crop(box), outline.crop(box)
 
 
-def _spots(
-    sprites: list[Image.Image], layout: str, rng: np.random.Generator
-) -> tuple[list[tuple[int, int]], list[str]] | None:
+def _spots(sprites: list[Image.Image], layout: str, rng: np.random.Generator) -> tuple[list[Corner], list[str]] | None:
     """Upper left corners, and names of places in the grid layout; None where things do not fit."""
     if layout == "grid":
         chosen = [int(place) for place in rng.permutation(len(PLACES))[: len(sprites)]]
@@ -116,7 +129,7 @@ def _spots(
     for sprite in sprites:
         for _ in range(12):
             corner = _inside(sprite, *rng.uniform(0, SIZE, size=2))
-            if all(_overlap(sprite, corner, *other) <= 0.1 for other in zip(sprites, corners)):
+            if all(overlap(sprite, corner, *other) <= 0.1 for other in zip(sprites, corners)):
                 corners.append(corner)
                 break
         else:
@@ -124,13 +137,13 @@ def _spots(
     return corners, [""] * len(sprites)
 
 
-def _inside(sprite: Image.Image, x: float, y: float) -> tuple[int, int]:
+def _inside(sprite: Image.Image, x: float, y: float) -> Corner:
     """The upper left corner that centres the sprite on (x, y), moved so that it is inside the picture."""
     left, top = round(x - sprite.width / 2), round(y - sprite.height / 2)
     return min(max(left, 2), SIZE - 2 - sprite.width), min(max(top, 2), SIZE - 2 - sprite.height)
 
 
-def _overlap(one: Image.Image, at: tuple[int, int], other: Image.Image, other_at: tuple[int, int]) -> float:
+def overlap(one: Image.Image, at: Corner, other: Image.Image, other_at: Corner) -> float:
     """Shared area of two boxes as a part of the smaller box."""
     width = min(at[0] + one.width, other_at[0] + other.width) - max(at[0], other_at[0])
     height = min(at[1] + one.height, other_at[1] + other.height) - max(at[1], other_at[1])
@@ -139,7 +152,7 @@ def _overlap(one: Image.Image, at: tuple[int, int], other: Image.Image, other_at
     return width * height / min(one.width * one.height, other.width * other.height)
 
 
-def _mask(outlines: list[Image.Image], corners: list[tuple[int, int]], order: np.ndarray) -> Image.Image:
+def merged_mask(outlines: list[Image.Image], corners: list[Corner], order: np.ndarray) -> Image.Image:
     """[SIZE, SIZE] palette image: 0 is background, i + 1 is thing i where it is visible."""
     mask = Image.new("P", (SIZE, SIZE), 0)
     for i in order:
@@ -148,7 +161,7 @@ def _mask(outlines: list[Image.Image], corners: list[tuple[int, int]], order: np
     return mask
 
 
-def _opaque(sprite: Image.Image) -> Image.Image:
+def opaque(sprite: Image.Image) -> Image.Image:
     """ "L" image: 255 where the sprite is more opaque than not, else 0."""
     return Image.fromarray(np.where(np.asarray(sprite.getchannel("A")) > 127, np.uint8(255), np.uint8(0)))
 
@@ -161,24 +174,35 @@ def _box(inside: np.ndarray) -> tuple[int, int, int, int] | None:
     return int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1
 
 
-def _describe(
-    things: tuple[Thing, ...], outlines: list[Image.Image], mask: np.ndarray, places: list[str]
-) -> list[dict[str, Any]] | None:
-    """One row per thing; None where one of them is hidden too much."""
-    rows = []
-    for i, (thing, outline, place) in enumerate(zip(things, outlines, places)):
-        inside = mask == i + 1
+def visible_boxes(outlines: list[Image.Image], mask: Image.Image) -> list[tuple[list[int], float]] | None:
+    """Box and visible fraction of each thing; None where one is hidden too much, or the first is too small."""
+    pixels = np.asarray(mask)
+    found = []
+    for i, outline in enumerate(outlines):
+        inside = pixels == i + 1
         fraction = int(inside.sum()) / max(1, int((np.asarray(outline) > 0).sum()))
         box = _box(inside)
         if box is None or fraction < MIN_VISIBLE or (i == 0 and max(box[2] - box[0], box[3] - box[1]) < MIN_SIDE):
             return None
+        found.append((list(box), round(fraction, 3)))
+    return found
+
+
+def _describe(
+    things: tuple[Thing, ...], visible: list[tuple[list[int], float]] | None, places: list[str]
+) -> list[dict[str, Any]] | None:
+    """One row per thing; None where there are no boxes."""
+    if visible is None:
+        return None
+    rows = []
+    for i, (thing, (box, fraction), place) in enumerate(zip(things, visible, places)):
         row: dict[str, Any] = {
             "identity": thing.identity.label,
             "name": phrase(thing.identity.label),
             "kind": thing.identity.kind.name,
             "style": thing.style,
-            "box": list(box),
-            "visible": round(fraction, 3),
+            "box": box,
+            "visible": fraction,
             "value": i + 1,
         }
         rows.append(row | ({"place": place} if place else {}))

@@ -35,7 +35,14 @@ _LINKING: tuple[tuple[str, str], ...] = (
     ("What is {n} close to, and in which part of the picture?", "{n} is close to {b}, at the {p}."),
     ("Find {n}. Which part of the picture is it in, and what is nearest to it?", "At the {p}; nearest to it: {b}."),
 )
-NUM_COMMON, NUM_CATEGORY, NUM_LINKING = len(_COMMON), len(_CATEGORY), len(_LINKING)
+# Followed by the captions that are given; all but the last picture have one.
+_STORY: tuple[str, ...] = (
+    "The pictures tell a story. Continue it with the caption of the last picture.",
+    "Given the captions of the first pictures, write the caption of the last one.",
+    "Read what is said in the first pictures, and write what is said in the last one.",
+    "Complete this picture story: what is the last caption?",
+)
+NUM_COMMON, NUM_CATEGORY, NUM_LINKING, NUM_STORY = len(_COMMON), len(_CATEGORY), len(_LINKING), len(_STORY)
 
 # Invented: sounds that English words do not have together, so that no text prior helps.
 _ONSETS = ("Zav", "Quol", "Vex", "Jorv", "Yazz", "Kwem", "Xil", "Wobr", "Thrav", "Ngal", "Vlod", "Zhur")
@@ -66,6 +73,14 @@ def linking_texts(*, name: str, place: str, neighbour: str, asked: int, num_imag
     pictures = "".join(f"{{image#{number}}}" for number in range(2, num_images + 1))
     prompt = f"{{image#1}}Caption#1: This is {name}.{pictures}{question}"
     return prompt, answer.format(n=name, p=place, b=phrase(neighbour))
+
+
+def story_texts(lines: tuple[str, ...], *, form: int) -> tuple[str, str]:
+    """(prompt, answer) of a story: the authors' form for AESOP and VIST, the last line is the answer."""
+    *given, last = lines
+    captions = "".join(f"{{image#{number}}}Caption#{number}:{line}" for number, line in enumerate(given, start=1))
+    number = len(lines)
+    return f"{_STORY[form % NUM_STORY]}{captions}{{image#{number}}}Caption#{number}:", last
 
 
 def _capital(text: str) -> str:
