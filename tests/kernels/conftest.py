@@ -1,7 +1,10 @@
 """Kernels run in Triton's interpreter where there is no GPU; memory that nobody wrote is poison."""
 
+import importlib.util
 import os
 from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -31,3 +34,22 @@ def poison(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         monkeypatch.setattr(torch, name, _poisoned(getattr(torch, name)))
     monkeypatch.setattr(Tensor, "new_empty", _poisoned(Tensor.new_empty))
     yield
+
+
+@pytest.fixture
+def mutant(tmp_path: Path) -> Callable[..., ModuleType]:
+    """A copy of a module with one piece of its text replaced: a planted bug that a test must see."""
+
+    def plant(module: ModuleType, original: str, planted: str) -> ModuleType:
+        assert module.__file__ is not None
+        text = Path(module.__file__).read_text()
+        assert text.count(original) == 1, f"{original!r} occurs {text.count(original)} times in {module.__file__}"
+        path = tmp_path / f"planted_{len(list(tmp_path.iterdir()))}.py"
+        path.write_text(text.replace(original, planted))  # a file: Triton reads a kernel's source from it
+        spec = importlib.util.spec_from_file_location(path.stem, path)
+        assert spec is not None and spec.loader is not None
+        copy = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(copy)
+        return copy
+
+    return plant

@@ -52,9 +52,7 @@ def test_what_needs_nothing_runs_everywhere(backend: Any, device_type: str) -> N
 
 
 def test_triton_on_a_cpu_is_refused_with_the_ways_out() -> None:
-    with pytest.raises(
-        RuntimeError, match="need a CUDA device; choose reference .* or set TRITON_INTERPRET=1"
-    ):
+    with pytest.raises(RuntimeError, match=r"need a CUDA device; choose reference .* or set TRITON_INTERPRET=1"):
         resolve_backend("triton", device_type="cpu")
 
 
@@ -74,9 +72,7 @@ def test_the_environment_decides_for_auto_alone(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_unknown_names_are_refused_whoever_says_them(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(
-        ValueError, match="backend .flash. is unknown; choose from auto, triton, reference"
-    ):
+    with pytest.raises(ValueError, match=r"backend .flash. is unknown; choose from auto, triton, reference"):
         resolve_backend("flash", device_type="cpu")  # type: ignore[arg-type]
     monkeypatch.setenv("SAMTRAIN_KERNELS", "fast")
     with pytest.raises(ValueError, match="SAMTRAIN_KERNELS='fast' is unknown"):

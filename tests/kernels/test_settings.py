@@ -103,9 +103,7 @@ def test_a_tuned_file_wins_row_by_row_and_a_bucket_wins_over_any(
         assert images_per_block("NVIDIA H200", 128, 4) == (2, 32)  # the tuned file has no such row
         assert images_per_block("NVIDIA H100", 64, 4) == (2, 64)
         assert images_per_block("NVIDIA H100", 16, 4) == (2, 64)  # the narrowest row that holds it
-        with pytest.raises(
-            SettingError, match="no setting for dtype bfloat16, head width 256, 4 images on NVIDIA"
-        ):
+        with pytest.raises(SettingError, match="no setting for dtype bfloat16, head width 256, 4 images on NVIDIA"):
             images_per_block("NVIDIA H100", 256, 4)
     finally:
         setting_for.cache_clear()  # type: ignore[attr-defined]
