@@ -37,6 +37,7 @@ from samtrain.engine.evaluate import evaluate_loss
 from samtrain.engine.optimizer import build_parameter_groups
 from samtrain.engine.state import TrainState
 from samtrain.engine.trainer import Trainer
+from samtrain.engine.watchdog import Watchdog
 from samtrain.evaluation.evaluator import EvaluationResult, evaluate_splits
 from samtrain.evaluation.metrics import Scores
 from samtrain.generation.export import export_folder, load_exported
@@ -245,13 +246,13 @@ class _Run:
         self.tracker.log_params({"peak_tflops": peak, "peak_tflops_source": source})
         return Utilization(flops.batch, peak_tflops=peak)
 
-    def _validation(self, engine: zero.Engine, state: TrainState) -> Callable[[], dict[str, float]] | None:
+    def _validation(self, engine: zero.Engine, state: TrainState) -> Callable[[Watchdog], dict[str, float]] | None:
         recipe = self.recipe
         if recipe.data.validation_split is None:
             return None
         index = ShardIndex.load(Path(recipe.data.path) / recipe.data.validation_split)
 
-        def validate() -> dict[str, float]:
+        def validate(watchdog: Watchdog) -> dict[str, float]:
             steps = evaluation_steps(
                 index,
                 self.processor,
@@ -260,7 +261,7 @@ class _Run:
                 rank=self.rank,
                 world_size=self.world_size,
             )
-            return evaluate_loss(engine, steps, step_number=state.global_step)
+            return evaluate_loss(engine, steps, watchdog=watchdog, step_number=state.global_step)
 
         return validate
 

@@ -15,8 +15,10 @@ def evaluate_loss(
 ) -> dict[str, float]:
     """eval/loss (mean over all ranks' label tokens) and eval/num_label_tokens, equal on all ranks.
 
-    The module is in eval mode meanwhile, and in train mode after.
+    The module is in eval mode meanwhile, and in train mode after. The watchdog times every batch, and waiting for it.
     """
+    if watchdog is not None:
+        watchdog.enter("evaluate", step=step_number)
     total = torch.zeros(2, dtype=torch.float64, device=engine.device)  # loss_sum, label tokens
     engine.module.eval()
     try:

@@ -34,7 +34,7 @@ class Trainer:
 
     Args:
         steps: this rank's share of every step, from the one after `state.cursor` on.
-        evaluate: returns metrics, `eval/loss` among them; called on all ranks.
+        evaluate: returns metrics, `eval/loss` among them; called on all ranks. It tells the watchdog what it does.
         warmup_batch: the largest batch of this rank, run once before the first step so that a lack of memory
             shows at once; all ranks give one or none.
     """
@@ -48,7 +48,7 @@ class Trainer:
         total_steps: int,
         state: TrainState,
         callbacks: Sequence[Callback] = (),
-        evaluate: Callable[[], dict[str, float]] | None = None,
+        evaluate: Callable[[Watchdog], dict[str, float]] | None = None,
         checkpointer: Checkpointer,
         watchdog: Watchdog | None = None,
         warmup_batch: PackedBatch | None = None,
@@ -190,7 +190,7 @@ class Trainer:
         if self.evaluate is None or (self._evaluated is not None and self._evaluated[0] == self.state.global_step):
             return
         with self._pause():
-            metrics = self.evaluate()
+            metrics = self.evaluate(self.watchdog)
             self._evaluated = (self.state.global_step, metrics)
             for callback in self.callbacks:
                 callback.on_evaluate(self.state, metrics)

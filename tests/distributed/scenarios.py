@@ -29,6 +29,7 @@ from samtrain.engine.optimizer import build_parameter_groups, learning_rate_fact
 from samtrain.engine.options import TrainOptions
 from samtrain.engine.state import TrainState
 from samtrain.engine.trainer import Trainer
+from samtrain.engine.watchdog import Watchdog
 
 CONFIG: dict = globals()["CONFIG"]
 IMAGE_TOKEN, VOCABULARY, WIDTH, IMAGES_PER_SAMPLE = 31, 32, 8, (3, 1, 0, 2, 0, 1)
@@ -120,6 +121,11 @@ def steps_from(first: int, *, rank: int, world_size: int, nan_at: int | None = N
         step += 1
 
 
+def hanging_after(steps: list[GlobalStep]):
+    yield from steps
+    time.sleep(3600)
+
+
 def options(**changes) -> TrainOptions:
     zero = {"reduce_bucket_size": 1000, "prefetch_bucket_size": 100, "param_persistence_threshold": 20}
     values = {
@@ -191,7 +197,7 @@ def build_engine(
 def train(
     *, output_dir, total_steps=4, frozen=(), tower_width=WIDTH, construct=True, seed=7, is_checkpointed=False,
     resume=None, warm_up=False, evaluate_every=None, signals=None, limit_file_size_after=None, nan_at=None, hang=(),
-    count_gathers=False, **changes
+    count_gathers=False, hang_in_evaluation=False, **changes
 ):  # fmt: skip
     """The whole loop; returns the losses and the weights of rank 0."""
     from samtrain.engine import zero
@@ -218,6 +224,11 @@ def train(
     )
     output_dir.mkdir(parents=True, exist_ok=True)
     validation = [global_step(1000, rank=rank, world_size=world_size)]
+
+    def evaluate(watchdog: Watchdog) -> dict[str, float]:
+        steps = hanging_after(validation) if hang_in_evaluation else validation
+        return evaluate_loss(engine, steps, watchdog=watchdog, step_number=state.global_step)
+
     trainer = Trainer(
         engine,
         steps_from(first, rank=rank, world_size=world_size, nan_at=nan_at, hang=hang),

@@ -39,6 +39,15 @@ def test_hang_of_one_rank_ends_all_with_reports_that_name_phase_and_samples(laun
     assert "phase `data` of step 2" in outcome.logs[1]
 
 
+def test_hang_in_validation_is_noticed_too(launch, tmp_path):
+    outcome = launch(
+        "train", world_size=1, output_dir=str(tmp_path), evaluate_every=2, hang_in_evaluation=True, timeout_seconds=2.0
+    )
+    assert outcome.exit_codes == [1]
+    report = (tmp_path / "hang-rank0.txt").read_text()
+    assert "phase `evaluate` of step 2" in report and "time.sleep(3600)" in report and "s1000.5" in report
+
+
 def test_a_leap_of_the_loss_ends_the_run(launch, tmp_path):
     outcome = launch(
         "train", world_size=1, output_dir=str(tmp_path), total_steps=30, learning_rate=30.0, max_loss_spike=1.5
