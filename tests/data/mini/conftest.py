@@ -15,9 +15,16 @@ from samtrain.data.mini import build_mini
 from samtrain.data.mini.art import Stock, render_stock
 from samtrain.data.mini.build import _default_cache
 from samtrain.data.mini.sources import SourcesUnavailable, attribution
+from samtrain.data.mini.stories import installed
 from samtrain.data.options import MiniOptions
 
 SPLITS = ("train", "validation", "test_style", "test_combination", "test_identity")
+
+
+@pytest.fixture(autouse=True)
+def no_installed_game(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a test builds does not depend on what this machine has installed."""
+    monkeypatch.setattr(installed, "_PLACES", ())
 
 
 @pytest.fixture(scope="session")
@@ -39,7 +46,7 @@ def stock(cache: Path) -> Stock:
 
 @pytest.fixture(scope="session")
 def options() -> MiniOptions:
-    return MiniOptions(num_train=60, num_eval=20, seed=3)
+    return MiniOptions(num_train=60, num_eval=20, seed=3, stories="never")
 
 
 @pytest.fixture(scope="session")

@@ -242,14 +242,15 @@ class Reader:
                 given.append(self._expand(word, arguments))
         values |= dict(zip(macro.parameters, given))
         for key, default in macro.defaults.items():
-            values.setdefault(key, default)
+            if key not in values:
+                values[key] = self._expand(default, values)
         return self._expand(macro.body, values)
 
     def _follow(self, name: str) -> None:
         """Read the file or folder that `{name}` includes; a name that is neither leaves nothing, as in the game."""
         if name.startswith("./") and self._files:
-            name = str(PurePosixPath(self._files[-1]).parent / name[2:])
-        if "/" in name and not name.startswith("~"):
+            self.include(str(PurePosixPath(self._files[-1]).parent / name[2:]))
+        elif not name.startswith("~") and ("/" in name or self.tree.find(name)):  # `~` is the player's own folder
             self.include(name.rstrip("/"))
 
     def _directive(self, text: str, start: int) -> tuple[int, str]:
