@@ -19,6 +19,7 @@ from torch import Tensor
 from samtrain.core.errors import BatchError
 
 IGNORE_INDEX = -100
+IN_QUARANTINE = "in quarantine: "  # begins the reason of samples that are skipped because of their shard
 
 
 @dataclass(frozen=True)
@@ -195,9 +196,11 @@ class GlobalStep:
     cursor: JSON-able state of the data order *after* this step; what a checkpoint of this step stores.
     keys: the keys of the whole step over all ranks, in order.
     skipped: key -> reason, of the samples of this step that this rank could not use.
+    quarantined: shard -> reason, of the shards that no rank reads any more; each in one step, the same on all ranks.
     """
 
     micro_batches: tuple[PackedBatch, ...]
     cursor: dict[str, Any]
     keys: tuple[str, ...] = ()
     skipped: dict[str, str] = field(default_factory=dict)
+    quarantined: dict[str, str] = field(default_factory=dict)

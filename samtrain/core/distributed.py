@@ -43,6 +43,23 @@ def all_gather_object(value: Any) -> list[Any]:
     return gathered
 
 
+_host_groups: dict[Any, Any] = {}  # default group -> a gloo group over the same ranks
+
+
+def all_gather_on_hosts(value: Any) -> list[Any]:
+    """`all_gather_object` between the hosts alone: no device waits, or is waited for. All ranks call it in turn."""
+    if not is_distributed():
+        return [value]
+    world = dist.group.WORLD
+    if dist.get_backend() == "gloo":
+        return all_gather_object(value)
+    if world not in _host_groups:
+        _host_groups[world] = dist.new_group(backend="gloo")
+    gathered: list[Any] = [None] * world_size()
+    dist.all_gather_object(gathered, value, group=_host_groups[world])
+    return gathered
+
+
 def broadcast_object(value: Any) -> Any:
     """Rank 0's picklable value, on every rank."""
     if not is_distributed():

@@ -11,7 +11,7 @@ import random
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from samtrain.core.errors import DataError
 from samtrain.core.seeds import derive_seed
@@ -43,6 +43,8 @@ def decode_image(data: bytes, *, max_pixels: int, where: str) -> Image.Image:
             return _to_rgb(_upright(image))
     except DataError:
         raise
+    except UnidentifiedImageError:
+        raise DataError(f"{where}: cannot be decoded: not a JPEG, PNG or WEBP image") from None
     except Exception as error:  # PIL raises many kinds on hostile bytes: OSError, SyntaxError, struct.error, ...
         raise DataError(f"{where}: cannot be decoded: {type(error).__name__}: {error}") from None
 

@@ -25,6 +25,14 @@ MAX_OPEN_SHARDS = 256  # descriptors kept; shards beyond are opened for each rea
 Extent = tuple[int, int]  # (offset, size) of a member's bytes in its tar
 
 
+class ShardError(DataError):
+    """A shard as a whole is missing, cut off, replaced or unreadable. shard: its number."""
+
+    def __init__(self, message: str, *, shard: int) -> None:
+        super().__init__(message)
+        self.shard = shard
+
+
 @dataclass(frozen=True, slots=True)
 class SampleEntry:
     """Where a sample is: its shard's number, its bytes with tar headers, and the extents of record and images.
@@ -77,20 +85,38 @@ def header_of(shards: list[dict[str, Any]], samples: bytes) -> dict[str, Any]:
 
 
 class ShardIndex:
-    """The samples of a folder: `index.entries[i]`, `len(index)`, `index.digest`; reads are safe from any thread."""
+    """The samples of a folder: `index.entries[i]`, `len(index)`, `index.digest`; reads are safe from any thread.
 
-    def __init__(self, folder: Path, *, digest: str, shards: list[str], entries: list[SampleEntry]) -> None:
+    broken_shards: number -> what is wrong, of the shards that were not as the index says when it was loaded.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        digest: str,
+        shards: list[str],
+        shard_sizes: list[int],
+        entries: list[SampleEntry],
+        broken_shards: dict[int, str],
+    ) -> None:
         self.folder = folder
         self.digest = digest
         self.shards = shards
+        self.shard_sizes = shard_sizes  # bytes, as the index says
         self.entries = entries
+        self.broken_shards = broken_shards
         self._lock = threading.Lock()
         self._open: dict[int, int] = {}
         self._finalizer = weakref.finalize(self, _close_all, self._open)
 
     @staticmethod
-    def load(folder: str | Path) -> "ShardIndex":
+    def load(folder: str | Path, *, tolerate_broken_shards: bool = False) -> "ShardIndex":
         """Read and check the index of `folder`; every shard must be there with its recorded size.
+
+        Args:
+            tolerate_broken_shards: list shards that are not in `broken_shards` instead of refusing the folder: a run
+                that goes on need not end for them (see quarantine.py).
 
         Raises:
             DataError: naming the file and what to do.
@@ -112,7 +138,15 @@ class ShardIndex:
             raise DataError(f"{folder / INDEX_FILE}: version {version}, this samtrain reads {VERSION}; {rebuild}")
         if header.get("digest") != expected["digest"]:
             raise DataError(f"{folder / SAMPLES_FILE}: does not belong to {INDEX_FILE} (digests differ); {rebuild}")
-        sizes = [_check_shard(folder, shard, rebuild=rebuild) for shard in shards]
+        broken: dict[int, str] = {}
+        for number, shard in enumerate(shards):
+            try:
+                _check_shard(folder, shard, number, rebuild=rebuild)
+            except ShardError as error:
+                if not tolerate_broken_shards:
+                    raise
+                broken[number] = str(error)
+        sizes = [shard["filesize"] for shard in shards]
         try:
             entries = [SampleEntry.from_json(line) for line in samples.decode().split("\n") if line]
         except (ValueError, KeyError, TypeError) as error:
@@ -127,7 +161,14 @@ class ShardIndex:
         if not entries:
             raise DataError(f"{folder}: the index lists no sample")
         names = [shard["url"] for shard in shards]
-        return ShardIndex(folder, digest=expected["digest"], shards=names, entries=entries)
+        return ShardIndex(
+            folder,
+            digest=expected["digest"],
+            shards=names,
+            shard_sizes=sizes,
+            entries=entries,
+            broken_shards=broken,
+        )
 
     def __len__(self) -> int:
         return len(self.entries)
@@ -148,8 +189,8 @@ class ShardIndex:
             )
         return record
 
-    def read_images(self, i: int, record: SampleRecord) -> list[bytes]:
-        """The encoded images of sample `i`, each checked against the hash in its record.
+    def read_images(self, i: int, record: SampleRecord, *, verify: bool = True) -> list[bytes]:
+        """The encoded images of sample `i`, each checked against the hash in its record unless `verify` is False.
 
         Raises:
             DataError: bytes are missing or not those the record describes.
@@ -158,8 +199,8 @@ class ShardIndex:
         images = []
         for reference, extent in zip(record.images, entry.images, strict=True):
             data = self._read(entry, extent)
-            found = hashlib.sha256(data).hexdigest()
-            if reference.sha256 and found != reference.sha256:
+            found = hashlib.sha256(data).hexdigest() if verify and reference.sha256 else reference.sha256
+            if found != reference.sha256:
                 raise DataError(
                     f"{self.folder / self.shards[entry.shard]}: {reference.file}: sha256 is {found[:12]}..., "
                     f"its record says {reference.sha256[:12]}...: damaged or replaced"
@@ -180,14 +221,19 @@ class ShardIndex:
     def _read(self, entry: SampleEntry, extent: Extent) -> bytes:
         offset, size = extent
         descriptor, is_kept = self._descriptor(entry.shard)
+        path = self.folder / self.shards[entry.shard]
         try:
             data = os.pread(descriptor, size, offset)
+        except OSError as error:
+            raise ShardError(f"{path}: {entry.key}: cannot be read: {error}", shard=entry.shard) from None
         finally:
             if not is_kept:
                 os.close(descriptor)
         if len(data) != size:
-            path = self.folder / self.shards[entry.shard]
-            raise DataError(f"{path}: {entry.key}: {len(data)} of {size} bytes at {offset}: the shard was cut off")
+            raise ShardError(
+                f"{path}: {entry.key}: {len(data)} of {size} bytes at {offset}: the shard was cut off",
+                shard=entry.shard,
+            )
         return data
 
     def _descriptor(self, shard: int) -> tuple[int, bool]:
@@ -199,25 +245,34 @@ class ShardIndex:
             try:
                 descriptor = os.open(path, os.O_RDONLY)
             except OSError as error:
-                raise DataError(f"{path}: cannot be opened any more: {error}") from None
+                raise ShardError(f"{path}: cannot be opened any more: {error}", shard=shard) from None
+            size, expected = os.fstat(descriptor).st_size, self.shard_sizes[shard]
+            if size != expected:
+                os.close(descriptor)
+                what = "the shard was cut off" if size < expected else "the shard was replaced"
+                raise ShardError(f"{path}: {size} bytes, the index says {expected}: {what}", shard=shard)
             is_kept = len(self._open) < MAX_OPEN_SHARDS
             if is_kept:
                 self._open[shard] = descriptor
             return descriptor, is_kept
 
 
-def _check_shard(folder: Path, shard: dict[str, Any], *, rebuild: str) -> int:
-    """Size of a shard that is there as the index says."""
-    name = shard["url"]
+def _check_shard(folder: Path, shard: dict[str, Any], number: int, *, rebuild: str) -> None:
+    """Refuse a shard that is not there as the index says."""
+    name, expected = shard["url"], shard["filesize"]
     if not isinstance(name, str) or Path(name).name != name:
         raise DataError(f"{folder / INDEX_FILE}: shard {name!r} is not a file name; {rebuild}")
+    if not isinstance(expected, int):
+        raise DataError(f"{folder / INDEX_FILE}: the size of shard {name!r} is {expected!r}; {rebuild}")
     path = folder / name
-    if not path.exists():
-        raise DataError(f"{path}: this shard is missing; copy it here, or {rebuild}")
-    size = path.stat().st_size
-    if size != shard["filesize"]:
-        raise DataError(f"{path}: {size} bytes, the index says {shard['filesize']}; copy it again, or {rebuild}")
-    return size
+    try:
+        size = path.stat().st_size
+    except FileNotFoundError:
+        raise ShardError(f"{path}: this shard is missing; copy it here, or {rebuild}", shard=number) from None
+    except OSError as error:
+        raise ShardError(f"{path}: cannot be looked at: {error}", shard=number) from None
+    if size != expected:
+        raise ShardError(f"{path}: {size} bytes, the index says {expected}; copy it again, or {rebuild}", shard=number)
 
 
 def _close_all(descriptors: dict[int, int]) -> None:

@@ -1,7 +1,8 @@
-"""The ledger: which samples each step used and which it skipped, and why; one JSON line per global step.
+"""The ledger: which samples each step used and which it skipped, and why, and which shards were given up.
 
-Each line carries a running hash over all used keys in order and all skips so far, so two runs compare by one hash,
-and a resumed run proves that it continues the same history. Rank 0 writes it, with the skips of all ranks gathered.
+One JSON line per global step. Each carries a running hash over all used keys in order and all skips so far, so two
+runs compare by one hash, and a resumed run proves that it continues the same history. Rank 0 writes it, with the skips
+of all ranks gathered.
 """
 
 import hashlib
@@ -51,18 +52,28 @@ class Ledger:
             raise
         return Ledger(path, stream, digest=digest, step=resume_step or 0)
 
-    def record(self, step: int, keys: Sequence[str], skipped: Mapping[str, str]) -> None:
+    def record(
+        self,
+        step: int,
+        keys: Sequence[str],
+        skipped: Mapping[str, str],
+        *,
+        quarantined: Mapping[str, str] | None = None,
+    ) -> None:
         """Write the line of `step`.
 
         Args:
             keys: all keys of the global step, in order (`GlobalStep.keys`).
             skipped: key -> reason, of all ranks.
+            quarantined: shard -> reason, of the shards that were given up in this step (`GlobalStep.quarantined`).
         """
         if step != self.step + 1:
             raise ValueError(f"{self.path}: step {step} after step {self.step}; every step is recorded once")
         used = [key for key in keys if key not in skipped]
         self.digest = _advance(self.digest, step, used, skipped)
         line = {"step": step, "keys": used, "skipped": dict(sorted(skipped.items())), "digest": self.digest}
+        if quarantined:
+            line["quarantined"] = dict(sorted(quarantined.items()))
         self._stream.write(json.dumps(line, ensure_ascii=False).encode() + b"\n")
         self._stream.flush()
         self.step = step
@@ -87,7 +98,8 @@ class Ledger:
 
 
 def _advance(digest: str, step: int, used: Sequence[str], skipped: Mapping[str, str]) -> str:
-    # Only the keys of skips: reasons hold paths and library messages, which differ between machines.
+    # Only the keys of skips: reasons hold paths and library messages, which differ between machines. Shards in
+    # quarantine show in the keys that are skipped.
     content = json.dumps([digest, step, list(used), sorted(skipped)], ensure_ascii=False)
     return hashlib.blake2b(content.encode(), digest_size=16).hexdigest()
 

@@ -1,31 +1,32 @@
 """Loaders: endless training steps with a cursor, evaluation steps, and single samples for generation.
 
 Steps are built ahead, in order, by one thread that plans and `num_workers` threads that decode (PIL releases the
-GIL). At most `prefetch_steps` steps wait; the cursor counts what was handed out, never what was built ahead.
+GIL). At most `prefetch_steps` steps wait; the cursor counts what was handed out, never what was built ahead. The ranks
+agree on a step when it is handed out (agree.py).
 """
 
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from types import TracebackType
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 from PIL import Image
 
 from samtrain.core.batch import GlobalStep
-from samtrain.core.errors import ConfigError, TrainingError
-from samtrain.core.log import logger
+from samtrain.core.errors import ConfigError
 from samtrain.core.sample import SampleEncoder, SampleRecord
+from samtrain.data.agree import StepAccounts, agree
 from samtrain.data.decode import decode_image
 from samtrain.data.index import ShardIndex
 from samtrain.data.options import DataOptions
 from samtrain.data.order import SampleOrder, Slot
-from samtrain.data.step import Map, StepBuilder
+from samtrain.data.step import BuiltStep, Map, StepBuilder
 
-MIN_SEEN = 100  # a share of fewer samples than this says little
+Built = TypeVar("Built")
 
 
-class StepStream:
+class StepStream(Generic[Built]):
     """Calls `build(n, map_function)` for n = 0, 1, ... ahead of the consumer, in order.
 
     Args:
@@ -35,7 +36,7 @@ class StepStream:
 
     def __init__(
         self,
-        build: Callable[[int, Map], GlobalStep],
+        build: Callable[[int, Map], Built],
         *,
         num_steps: int | None,
         num_workers: int,
@@ -45,16 +46,16 @@ class StepStream:
         self._num_steps = num_steps
         self._prefetch_steps = prefetch_steps
         self._next = 0
-        self._waiting: deque[Future[GlobalStep]] = deque()
+        self._waiting: deque[Future[Built]] = deque()
         self._planner: ThreadPoolExecutor | None = None
         if num_workers:
             self._planner = ThreadPoolExecutor(1, thread_name_prefix="samtrain-steps")
             self._workers = ThreadPoolExecutor(num_workers, thread_name_prefix="samtrain-decode")
 
-    def __iter__(self) -> Iterator[GlobalStep]:
+    def __iter__(self) -> Iterator[Built]:
         return self
 
-    def __next__(self) -> GlobalStep:
+    def __next__(self) -> Built:
         """The next step; an error of any thread is raised here."""
         if self._planner is None:
             if self._next == self._num_steps:
@@ -67,6 +68,12 @@ class StepStream:
         if not self._waiting:
             raise StopIteration
         return self._waiting.popleft().result()
+
+    def run(self, function: Callable[[Map], Built]) -> Built:
+        """Call `function(map_function)` in the thread that builds steps, after those that were asked for."""
+        if self._planner is None:
+            return function(map)
+        return self._planner.submit(function, self._workers.map).result()
 
     def close(self) -> None:
         """End all threads; returns when they are gone."""
@@ -115,11 +122,9 @@ class TrainLoader:
             index, encoder, options, seed=seed, rank=rank, world_size=world_size, augment=options.augment
         )
         self._position = 0  # samples handed out, over all ranks
-        self._stream: StepStream | None = None
+        self._stream: StepStream[BuiltStep] | None = None
         self._is_closed = False
-        self._num_seen = 0
-        self._bad: dict[str, str] = {}
-        self._num_bad = 0
+        self._accounts = StepAccounts(self._builder, max_bad_fraction=options.max_bad_fraction)
 
     @property
     def steps_per_epoch(self) -> int:
@@ -144,23 +149,22 @@ class TrainLoader:
         return self
 
     def __next__(self) -> GlobalStep:
-        """The next step.
+        """The next step; all ranks ask for it together.
 
         Raises:
             DataError: a sample exceeds the budgets.
-            TrainingError: more than `max_bad_fraction` of this rank's samples could not be used.
+            TrainingError: more than `max_bad_fraction` of the samples could not be used.
         """
         if self._is_closed:
             raise RuntimeError("this loader was closed")
         if self._stream is None:
             self._stream = self._start_stream(self._position)
         try:
-            step = next(self._stream)
+            step = _hand_out(next(self._stream), self._stream, self._builder, self._accounts)
         except BaseException:
             self._end_stream()
             raise
         self._position += self.order.global_batch_size
-        self._count(step)
         return step
 
     def close(self) -> None:
@@ -176,10 +180,10 @@ class TrainLoader:
     ) -> None:
         self.close()
 
-    def _start_stream(self, start: int) -> StepStream:
+    def _start_stream(self, start: int) -> StepStream[BuiltStep]:
         builder, order = self._builder, self.order
 
-        def build(step: int, map_function: Map) -> GlobalStep:
+        def build(step: int, map_function: Map) -> BuiltStep:
             position = start + step * order.global_batch_size
             cursor = order.cursor(position + order.global_batch_size)
             return builder.build(order.slots(position), cursor=cursor, map_function=map_function)
@@ -196,20 +200,20 @@ class TrainLoader:
             self._stream.close()
             self._stream = None
 
-    def _count(self, step: GlobalStep) -> None:
-        """Count this rank's bad samples and stop the run when they are too many."""
-        self._num_seen += sum(len(batch.keys) for batch in step.micro_batches) + len(step.skipped)
-        self._num_bad += len(step.skipped)
-        self._bad.update(step.skipped)
-        for key, reason in step.skipped.items():
-            logger.warning("sample %s is skipped: %s", key, reason)
-        limit = self.options.max_bad_fraction * max(self._num_seen, MIN_SEEN)
-        if self._num_bad >= limit + 1:
-            some = "; ".join(self._bad[key] for key in list(self._bad)[:5])
-            raise TrainingError(
-                f"{self._num_bad} of the {self._num_seen} samples this rank saw could not be used, more than "
-                f"data.max_bad_fraction = {self.options.max_bad_fraction} allows: {some}; mend or remove them"
+
+def _hand_out(
+    built: BuiltStep, stream: StepStream[BuiltStep], builder: StepBuilder, accounts: StepAccounts
+) -> GlobalStep:
+    """The step as all ranks agree on it; built again here where another rank cannot use all its samples."""
+
+    def rebuild(step: BuiltStep, excluded: Mapping[int, str]) -> BuiltStep:
+        return stream.run(
+            lambda map_function: builder.build(
+                step.slots, cursor=step.cursor, map_function=map_function, excluded=excluded
             )
+        )
+
+    return accounts.close(agree(built, rebuild))
 
 
 def evaluation_steps(
@@ -225,10 +229,14 @@ def evaluation_steps(
 
     Args:
         batch_size: samples of one step over all ranks; the last step may have fewer.
+
+    Samples that cannot be used are skipped and logged.
     """
     builder = StepBuilder(index, encoder, options, seed=0, rank=rank, world_size=world_size, augment=False)
 
-    def build(step: int, map_function: Map) -> GlobalStep:
+    accounts = StepAccounts(builder, max_bad_fraction=None)
+
+    def build(step: int, map_function: Map) -> BuiltStep:
         stop = min(len(index), (step + 1) * batch_size)
         slots = [Slot(0, i) for i in range(step * batch_size, stop)]
         return builder.build(slots, cursor={"position": stop}, map_function=map_function)
@@ -240,7 +248,8 @@ def evaluation_steps(
         prefetch_steps=options.prefetch_steps,
     )
     try:
-        yield from stream
+        for built in stream:
+            yield _hand_out(built, stream, builder, accounts)
     finally:
         stream.close()
 

@@ -5,12 +5,15 @@ The index knows every sample's images and text bytes, so a sample's tokens are b
 
 - Budgets take one token per byte, which no tokenizer exceeds: only samples above that bound are encoded (for most
   sets none), and no sample over budget is missed.
+- Samples that cannot be read are left out here, as in training, which counts them; a set of which nothing can be read
+  is refused.
 - The largest sample takes 1.25 times the highest rate of 256 samples spread over the set and of the 256 with the
   highest bounds, and encodes, from the highest bound down, those whose bound exceeds the largest found: seconds where
   encoding 70,000 samples takes a minute. It is exact unless a text needs a quarter more tokens per byte than every
   one of those; a higher rate met on the way raises the bounds of the rest.
 """
 
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from samtrain.core.batch import PackedBatch
@@ -31,17 +34,21 @@ def largest_sample(index: ShardIndex, encoder: SampleEncoder) -> dict[str, Any]:
     """The sample with the most tokens: {"key", "num_tokens", "num_images"}; exact as the module says.
 
     Raises:
-        DataError: a record on the way cannot be used.
+        DataError: no sample can be used.
     """
-    bounds = _Bounds(index, encoder)
+    bounds, reader = _Bounds(index, encoder), _Reader(index, encoder)
     spread = range(0, len(index), max(1, len(index) // NUM_SPREAD))
-    sizes = {i: _size(index, encoder, i) for i in sorted({*spread, *bounds.ranked(1.0)[:NUM_CANDIDATES]})}
+    sizes = reader.sizes(sorted({*spread, *bounds.ranked(1.0)[:NUM_CANDIDATES]}))
+    if not sizes:
+        sizes = reader.some(range(len(index)), count=1)
     rate = max(bounds.rate(i, size) for i, size in sizes.items())
     largest = max(sizes.values(), key=lambda size: size.num_tokens)
     for i in bounds.ranked(min(1.0, RATE_MARGIN * rate)):
         if bounds.upper(i, min(1.0, RATE_MARGIN * rate)) <= largest.num_tokens:
             continue
-        size = sizes[i] if i in sizes else _size(index, encoder, i)
+        size = sizes.get(i) or reader.size(i)
+        if size is None:
+            continue
         rate = max(rate, bounds.rate(i, size))
         if size.num_tokens > largest.num_tokens:
             largest = size
@@ -54,30 +61,81 @@ def check_budgets(index: ShardIndex, encoder: SampleEncoder, options: DataOption
     Raises:
         DataError: naming the sample, both counts and the recipe keys to change.
     """
-    bounds = _Bounds(index, encoder)
+    bounds, reader = _Bounds(index, encoder), _Reader(index, encoder)
     for i in bounds.ranked(1.0):
         if bounds.upper(i, 1.0) > options.max_tokens or index.entries[i].num_images > options.max_images:
-            size = _size(index, encoder, i)
-            check_fits(size, max_tokens=options.max_tokens, max_images=options.max_images)
+            size = reader.size(i)
+            if size is not None:
+                check_fits(size, max_tokens=options.max_tokens, max_images=options.max_images)
 
 
 def largest_pack(index: ShardIndex, encoder: SampleEncoder, options: DataOptions) -> PackedBatch:
     """The costliest pack that the largest samples make under the budgets: what a run tries first, for memory.
 
     Raises:
-        DataError: a sample exceeds the budgets, or cannot be used.
+        DataError: a sample exceeds the budgets, or none can be used.
     """
     entries = index.entries
     ranked = sorted(range(len(index)), key=lambda i: (-entries[i].num_images, -entries[i].text_bytes, i))
-    candidates = ranked[:NUM_CANDIDATES]
-    sizes = [_size(index, encoder, i) for i in candidates]
-    packs = pack(sizes, max_tokens=options.max_tokens, max_images=options.max_images)
-    costliest = max(packs, key=lambda chosen: sum(sizes[i].cost for i in chosen))
+    reader = _Reader(index, encoder)
     builder = StepBuilder(index, encoder, options, seed=0, rank=0, world_size=1, augment=False)
-    step = builder.build([Slot(0, candidates[i]) for i in costliest], cursor={})
-    for reason in step.skipped.values():
-        raise DataError(reason)
-    return step.micro_batches[0]
+    while True:  # until the pictures of the pack are good, too
+        sizes = reader.some(ranked, count=NUM_CANDIDATES)
+        candidates, measured = list(sizes), list(sizes.values())
+        packs = pack(measured, max_tokens=options.max_tokens, max_images=options.max_images)
+        costliest = max(packs, key=lambda chosen: sum(measured[i].cost for i in chosen))
+        chosen = [candidates[i] for i in costliest]
+        step = builder.build([Slot(0, i) for i in chosen], cursor={})
+        bad = step.unusable | step.damaged
+        if not bad:
+            return step.micro_batches[0]
+        reader.give_up({chosen[place]: reason for place, reason in bad.items()})
+
+
+class _Reader:
+    """Sizes of samples; those that cannot be used are remembered, not raised."""
+
+    def __init__(self, index: ShardIndex, encoder: SampleEncoder) -> None:
+        self.index = index
+        self.encoder = encoder
+        self._bad: dict[int, str] = {}
+
+    def size(self, i: int) -> SampleSize | None:
+        if i in self._bad:
+            return None
+        try:
+            if reason := self.index.broken_shards.get(self.index.entries[i].shard):
+                raise DataError(reason)
+            record = self.index.read_record(i)
+            return SampleSize(record.key, encode_checked(self.encoder, record).num_tokens, len(record.images))
+        except DataError as error:
+            self._bad[i] = str(error)
+            return None
+
+    def sizes(self, chosen: Iterable[int]) -> dict[int, SampleSize]:
+        """Sample -> size, of those that can be used."""
+        return {i: size for i in chosen if (size := self.size(i)) is not None}
+
+    def some(self, ranked: Iterable[int], *, count: int) -> dict[int, SampleSize]:
+        """The first `count` that can be used, in that order.
+
+        Raises:
+            DataError: there is none.
+        """
+        found: dict[int, SampleSize] = {}
+        for i in ranked:
+            size = self.size(i)
+            if size is not None:
+                found[i] = size
+                if len(found) == count:
+                    break
+        if not found:
+            reason = next(iter(self._bad.values()), "it is empty")
+            raise DataError(f"{self.index.folder}: no sample can be used: {reason}")
+        return found
+
+    def give_up(self, reasons: Mapping[int, str]) -> None:
+        self._bad |= reasons
 
 
 class _Bounds:
@@ -103,8 +161,3 @@ class _Bounds:
     def ranked(self, rate: float) -> list[int]:
         """All samples, highest bound first."""
         return sorted(range(len(self.entries)), key=lambda i: (-self.upper(i, rate), i))
-
-
-def _size(index: ShardIndex, encoder: SampleEncoder, i: int) -> SampleSize:
-    record = index.read_record(i)
-    return SampleSize(record.key, encode_checked(encoder, record).num_tokens, len(record.images))

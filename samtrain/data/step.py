@@ -6,16 +6,20 @@ ranks compute the same packs and the same deal without talking. Then each decode
 A sample that cannot be used is skipped, counted and named; nothing takes its place and nothing moves. A bad record
 is left out before packing, by every rank alike, and reported by one of them. A bad image is found by one rank alone,
 after the deal: its pack just lacks the sample, so the number of micro-batches stays equal on all ranks.
+
+What one rank reads another may not, when a shard breaks at that moment or one node's copy is bad. So what is built here
+is one rank's view of the step, which the ranks compare before it is used (agree.py).
 """
 
 import copy
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+import zlib
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
 
-from samtrain.core.batch import GlobalStep
+from samtrain.core.batch import PackedBatch
 from samtrain.core.errors import DataError
 from samtrain.core.sample import EncodedText, SampleEncoder, SampleRecord
 from samtrain.data.collate import ReadySample, collate
@@ -24,14 +28,35 @@ from samtrain.data.index import ShardIndex
 from samtrain.data.options import DataOptions
 from samtrain.data.order import Slot
 from samtrain.data.packing import SampleSize, deal, pack
+from samtrain.data.quarantine import Quarantine
 
 Map = Callable[[Callable[[Any], Any], Iterable[Any]], Iterable[Any]]  # `map`, or that of a thread pool
 
 
 @dataclass(frozen=True)
-class _Prepared:
-    """A sample of the step whose record and text are good."""
+class BuiltStep:
+    """One rank's view of a global step.
 
+    unusable: place in the step -> why its record or text cannot be used; it was left out before packing.
+    damaged: place -> why its images cannot be decoded; of this rank's own packs.
+    quarantined: shard number -> why, of the shards given up since the step before.
+    sizes_digest: of keys and sizes of all samples that were packed: equal digests, equal packs.
+    """
+
+    slots: tuple[Slot, ...]
+    cursor: dict[str, Any]
+    micro_batches: tuple[PackedBatch, ...]
+    unusable: dict[int, str] = field(default_factory=dict)
+    damaged: dict[int, str] = field(default_factory=dict)
+    quarantined: dict[int, str] = field(default_factory=dict)
+    sizes_digest: int = 0
+
+
+@dataclass(frozen=True)
+class _Prepared:
+    """A sample of the step whose record and text are good. place: in the step."""
+
+    place: int
     slot: Slot
     record: SampleRecord
     text: EncodedText
@@ -42,7 +67,7 @@ class _Prepared:
 
 
 class StepBuilder:
-    """Builds this rank's share of any global step; holds no state between steps."""
+    """Builds this rank's share of any global step; all it remembers between steps is the quarantine."""
 
     def __init__(
         self,
@@ -63,52 +88,91 @@ class StepBuilder:
         self.rank = rank
         self.world_size = world_size
         self.augment = augment
+        self.quarantine = Quarantine(index)
 
-    def build(self, slots: Sequence[Slot], *, cursor: dict[str, Any], map_function: Map = map) -> GlobalStep:
-        """One global step.
+    def build(
+        self,
+        slots: Sequence[Slot],
+        *,
+        cursor: dict[str, Any],
+        map_function: Map = map,
+        excluded: Mapping[int, str] | None = None,
+    ) -> BuiltStep:
+        """This rank's view of one global step.
 
         Args:
             cursor: the state after this step, handed through.
             map_function: runs the decoding, one call per sample.
+            excluded: place -> reason, of samples that another rank cannot use.
 
         Raises:
-            DataError: a sample exceeds the budgets. (Samples that are merely bad are skipped.)
+            DataError: a sample exceeds the budgets. (Samples that are merely bad are left out.)
         """
-        skipped: dict[str, str] = {}
-        prepared: list[_Prepared] = []
-        for i, slot in enumerate(slots):
-            try:
-                prepared.append(self._prepare(slot))
-            except DataError as error:
-                if i % self.world_size == self.rank:  # all ranks see it, one reports it
-                    skipped[self.index.entries[slot.index].key] = str(error)
+        prepared, unusable = self._prepare_all(slots, excluded or {})
         sizes = [sample.size for sample in prepared]
         packs = pack(sizes, max_tokens=self.options.max_tokens, max_images=self.options.max_images)
         own = deal(packs, sizes, world_size=self.world_size)[self.rank]
         flat = [prepared[i] for chosen in own for i in chosen or ()]
         decoded = iter(zip(flat, map_function(self._decode, flat)))
+        damaged: dict[int, str] = {}
         micro_batches = []
         for chosen in own:
             ready = []
             for sample, images in (next(decoded) for _ in chosen or ()):
                 if isinstance(images, DataError):
-                    skipped[sample.record.key] = str(images)
+                    damaged[sample.place] = str(images)
+                    self.quarantine.count_bad(self.shard_of(sample.slot), images)
                 else:
                     ready.append(ReadySample(sample.record.key, sample.text, images))
             micro_batches.append(collate(ready, self.encoder))
-        keys = tuple(self.index.entries[slot.index].key for slot in slots)
-        return GlobalStep(tuple(micro_batches), cursor, keys, skipped)
+        return BuiltStep(
+            slots=tuple(slots),
+            cursor=cursor,
+            micro_batches=tuple(micro_batches),
+            unusable=unusable,
+            damaged=damaged,
+            quarantined=self.quarantine.take_found(),
+            sizes_digest=zlib.crc32(repr(sizes).encode()),
+        )
 
-    def _prepare(self, slot: Slot) -> _Prepared:
+    def shard_of(self, slot: Slot) -> int:
+        """Number of the shard that holds the sample of a slot."""
+        return self.index.entries[slot.index].shard
+
+    def _prepare_all(
+        self, slots: Sequence[Slot], excluded: Mapping[int, str]
+    ) -> tuple[list[_Prepared], dict[int, str]]:
+        """The samples to pack, and place -> reason of the others."""
+        unusable = dict(excluded)
+        prepared: list[_Prepared] = []
+        in_quarantine = set(self.quarantine.reasons)  # as it is now: within a step each sample is judged by itself
+        for place, slot in enumerate(slots):
+            if place in excluded:
+                continue
+            shard = self.shard_of(slot)
+            if shard in in_quarantine:
+                unusable[place] = self.quarantine.describe(shard)
+                continue
+            self.quarantine.count_tried(shard)
+            try:
+                prepared.append(self._prepare(place, slot))
+            except DataError as error:
+                unusable[place] = str(error)
+                self.quarantine.count_bad(shard, error)
+        return prepared, unusable
+
+    def _prepare(self, place: int, slot: Slot) -> _Prepared:
         record = self.index.read_record(slot.index)
-        return _Prepared(slot, record, encode_checked(self.encoder, record))
+        return _Prepared(place, slot, record, encode_checked(self.encoder, record))
 
     def _decode(self, sample: _Prepared) -> list[Tensor] | DataError:
         """Pixel values of each image, or why the sample cannot be used."""
         try:
             return [
                 self._pixels(sample, i, data)
-                for i, data in enumerate(self.index.read_images(sample.slot.index, sample.record))
+                for i, data in enumerate(
+                    self.index.read_images(sample.slot.index, sample.record, verify=self.options.verify_hashes)
+                )
             ]
         except DataError as error:
             return error
