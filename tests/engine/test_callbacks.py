@@ -1,6 +1,6 @@
 from pathlib import Path
 
-from samtrain.core.batch import GlobalStep
+from samtrain.core.batch import IN_QUARANTINE, GlobalStep
 from samtrain.engine.callbacks import Metrics, Progress
 from samtrain.engine.state import TrainState
 
@@ -32,3 +32,15 @@ def test_metrics_hands_on_log_lines_and_evaluations_with_their_step():
     metrics.on_step_end(TrainState(global_step=2), STEP, {"train/loss": 1.0}, {})
     metrics.on_evaluate(TrainState(global_step=2), {"eval/loss": 2.0})
     assert logged == [(2, {"train/loss": 1.0}), (2, {"eval/loss": 2.0})]
+
+
+def test_a_quarantined_shard_is_told_once_and_its_samples_are_not():
+    told = []
+    progress = Progress(told.append)
+    step = GlobalStep(micro_batches=(), cursor={}, quarantined={"shard-000003.tar": "cut off"})
+    skipped = {"a": f"{IN_QUARANTINE}shard-000003.tar", "b": "cannot be decoded"}
+    progress.on_step_end(TrainState(global_step=4), step, {}, skipped)
+    assert [event["text"] for event in told] == [
+        "step 4: shard shard-000003.tar is quarantined: cut off",
+        "step 4: skipped b: cannot be decoded",
+    ]

@@ -4,7 +4,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from samtrain.core.batch import GlobalStep
+from samtrain.core.batch import IN_QUARANTINE, GlobalStep
 from samtrain.core.events import Emit, message
 from samtrain.engine.callbacks.base import Callback
 from samtrain.engine.state import TrainState
@@ -27,8 +27,11 @@ class Progress(Callback):
     def on_step_end(
         self, state: TrainState, step: GlobalStep, metrics: dict[str, float], skipped: dict[str, str]
     ) -> None:
+        for shard, reason in step.quarantined.items():
+            self.emit(message(f"step {state.global_step}: shard {shard} is quarantined: {reason}", level="warning"))
         for key, reason in skipped.items():
-            self.emit(message(f"step {state.global_step}: skipped {key}: {reason}", level="warning"))
+            if not reason.startswith(IN_QUARANTINE):
+                self.emit(message(f"step {state.global_step}: skipped {key}: {reason}", level="warning"))
         if not metrics:
             return
         done = state.global_step - self._first_step
