@@ -26,6 +26,7 @@ from samtrain_kernels.settings import (
     DTYPES,
     PATCH_KERNELS,
     SEARCH_SPACE,
+    SEARCH_SPACES,
     KernelSetting,
     PatchSetting,
     capability_of,
@@ -75,7 +76,7 @@ def candidate_jobs() -> list[Job]:
             SEARCH_HEAD_DIM if kernel in CONTEXT_KERNELS else None,
             "bfloat16",
             capability,
-            all_variants=setting in SEARCH_SPACE[kernel],
+            all_variants=setting in SEARCH_SPACES[capability][kernel],
         )
         for kernel in KERNELS
         for setting in dict.fromkeys([*_grid(kernel), *SEARCH_SPACE[kernel]])
@@ -130,7 +131,9 @@ def _collected(results: Iterable[list[dict[str, Any]]], total: int) -> list[dict
 
 
 def in_search_space(row: dict[str, Any]) -> bool:
-    return any(row["setting"] == asdict(setting) for setting in SEARCH_SPACE[row["kernel"]])
+    """Whether the tuner may try this setting on this chip."""
+    space = SEARCH_SPACES[tuple(row["capability"])][row["kernel"]]
+    return any(row["setting"] == asdict(setting) for setting in space)
 
 
 def table(rows: Sequence[dict[str, Any]], *, is_search: bool) -> str:

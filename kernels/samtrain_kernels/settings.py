@@ -86,26 +86,40 @@ def _context_space(*rows: tuple[int, int, int, int]) -> tuple[KernelSetting, ...
     return tuple(KernelSetting(*row) for row in rows)
 
 
-# What a tuner may try, for head widths up to 64 in 16 bits. Settings that spill registers when compiled for sm_80 or
-# sm_90 are not here; `python -m benchmarks.aot --search` shows it, benchmarks/results/aot.txt keeps what it showed.
-SEARCH_SPACE: Mapping[str, tuple[KernelSetting | PatchSetting, ...]] = {
-    "context_forward": _context_space(
-        (1, 32, 4, 2), (1, 64, 4, 2), (1, 64, 4, 3), (1, 128, 4, 2),
-        (2, 32, 4, 2), (2, 32, 4, 3), (2, 64, 4, 2), (2, 64, 4, 3), (2, 64, 8, 2),
-        (4, 32, 8, 2), (4, 64, 8, 2),
-    ),
-    "context_backward": _context_space(
-        (1, 32, 4, 2), (1, 64, 4, 2), (2, 32, 4, 2), (2, 32, 8, 2), (2, 64, 8, 2), (4, 32, 8, 2),
-    ),
-    "context_kv_grad": _context_space((1, 32, 4, 2), (1, 64, 4, 2), (1, 64, 8, 2), (1, 64, 4, 3)),
-    "patch_logits": tuple(
-        PatchSetting(rows, columns, 4, stages) for rows in (4, 8, 16) for columns in (128, 256) for stages in (1, 2, 3)
-    ),
-    "patch_logits_grad": tuple(
-        PatchSetting(rows, columns, 4, stages) for rows in (8, 16, 32) for columns in (128, 256) for stages in (1, 2, 3)
-        if (rows, columns, stages) != (16, 256, 1)  # spills in float32
-    ),
+# What a tuner may try on each chip, for head widths up to 64 in 16 bits. A setting that spills registers in any variant
+# of its kernel is not here: `python -m benchmarks.aot --search` shows which do, benchmarks/results/aot.txt keeps it.
+_PATCH_SPACE: dict[str, tuple[PatchSetting, ...]] = {
+    "patch_logits": tuple(PatchSetting(r, c, 4, s) for r in (4, 8, 16) for c in (128, 256) for s in (1, 2, 3)),
+    "patch_logits_grad": tuple(PatchSetting(r, c, 4, s) for r in (8, 16, 32) for c in (128, 256) for s in (1, 2, 3)),
+}
+
+SEARCH_SPACES: Mapping[tuple[int, int], Mapping[str, tuple[KernelSetting | PatchSetting, ...]]] = {
+    (8, 0): {
+        "context_forward": _context_space(
+            (1, 32, 4, 2), (1, 64, 4, 2), (1, 64, 8, 2), (2, 32, 8, 2), (2, 64, 8, 2),
+        ),
+        "context_backward": _context_space((1, 32, 4, 2), (1, 64, 8, 2)),
+        "context_kv_grad": _context_space((1, 32, 4, 2), (1, 64, 4, 2), (1, 64, 8, 2)),
+        **_PATCH_SPACE,
+    },
+    (9, 0): {
+        "context_forward": _context_space(
+            (1, 32, 4, 2), (1, 64, 8, 2), (2, 32, 4, 2), (2, 64, 4, 2), (2, 64, 4, 3),
+            (2, 64, 8, 2), (4, 32, 8, 2), (4, 64, 8, 2),
+        ),
+        "context_backward": _context_space(
+            (1, 64, 8, 2), (2, 32, 4, 2), (2, 32, 8, 2), (2, 64, 8, 2), (4, 32, 8, 2),
+        ),
+        "context_kv_grad": _context_space((1, 32, 4, 2), (1, 64, 4, 2), (1, 64, 8, 2)),
+        **_PATCH_SPACE,
+    },
 }  # fmt: skip
+
+SEARCH_SPACE: Mapping[str, tuple[KernelSetting | PatchSetting, ...]] = {
+    kernel: tuple(dict.fromkeys(setting for space in SEARCH_SPACES.values() for setting in space[kernel]))
+    for kernel in CONTEXT_KERNELS + PATCH_KERNELS
+}
+"""The settings of all chips together: what must give right results everywhere."""
 
 
 @overload
