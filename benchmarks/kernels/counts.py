@@ -27,7 +27,6 @@ from benchmarks.kernels.cases import Case, Inputs, make_inputs, needing_gradient
 from benchmarks.kernels.implementations import Outputs
 from benchmarks.kernels.inputs import CrossInputs, build_tables
 from benchmarks.kernels.registry import Implementation, Run
-from benchmarks.kernels.shapes import Shape
 
 aten = torch.ops.aten
 _NO_LAUNCH = {
@@ -57,9 +56,8 @@ class Counts:
 class Watch(TorchDispatchMode):
     """Adds up what is dispatched while it is active."""
 
-    def __init__(self, formulas: Mapping[Any, Callable[..., float]]) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self.formulas = formulas
         self.launches, self.flops, self.traffic = 0, 0.0, 0.0
         self.names: dict[str, int] = {}
 
@@ -72,8 +70,8 @@ class Watch(TorchDispatchMode):
         self.launches += 1
         self.names[name] = self.names.get(name, 0) + 1
         packet = func._overloadpacket
-        if name in self.formulas:
-            self.flops += self.formulas[name](*args, **kwargs)
+        if name in FORMULAS:
+            self.flops += FORMULAS[name](*args, **kwargs)
         elif packet in flop_registry:
             self.flops += flop_registry[packet](*args, **kwargs, out_val=out)
         self.traffic += sum(_bytes(t) for t in tree_iter((args, kwargs, out)) if isinstance(t, Tensor))
@@ -110,17 +108,17 @@ def count(case: Case, implementation: Implementation, *, dtype: torch.dtype = to
         given = make_inputs(case, implementation, device=device, dtype=dtype, backend="triton", tables=tables)
         # Fake tensors choose as the CPU does: its flash attention saves what the GPU's saves.
         with sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]):
-            return count_run(run, given, _formulas(case.shape))
+            return count_run(run, given)
 
 
-def count_run(run: Run, given: Inputs, formulas: Mapping[Any, Callable[..., float]]) -> Counts:
+def count_run(run: Run, given: Inputs) -> Counts:
     """Count a function on the inputs it is given, fake or real."""
-    with watch_saved(given) as saved, Watch(formulas) as forward:
+    with watch_saved(given) as saved, Watch() as forward:
         outputs: Outputs = run(given)
     saved_bytes = saved()
     with_gradients = needing_gradients(outputs)
     gradients = output_gradients(with_gradients)
-    with Watch(formulas) as backward:
+    with Watch() as backward:
         torch.autograd.backward(with_gradients, gradients)
     return Counts(
         launches_forward=forward.launches,
@@ -153,30 +151,33 @@ def _given_tensors(given: Inputs) -> Iterator[Tensor]:
     yield from (t for t in vars(given.groups).values() if isinstance(t, Tensor))
 
 
-def _formulas(shape: Shape) -> dict[str, Callable[..., float]]:
-    """Operations that PyTorch's table lacks, by name."""
+def _ours_flops(query: Tensor, key: Tensor, *_: Any, **__: Any) -> float:
+    rows, queries, heads, head_dim = query.shape
+    return 4.0 * rows * queries * key.shape[1] * heads * head_dim
 
-    def ours(query: Tensor, key: Tensor, *_: Any, **__: Any) -> float:
-        rows, queries, heads, head_dim = query.shape
-        return 4.0 * rows * queries * key.shape[1] * heads * head_dim
 
-    def ours_backward(gradient: Tensor, query: Tensor, key: Tensor, *_: Any, **__: Any) -> float:
-        return 2.5 * ours(query, key)
+def _ours_backward_flops(gradient: Tensor, query: Tensor, key: Tensor, *_: Any, **__: Any) -> float:
+    return 2.5 * _ours_flops(query, key)
 
-    def patch_logits(features: Tensor, *_: Any, **__: Any) -> float:
-        return 2.0 * features.numel()
 
-    def sdpa(query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> float:
-        return float(sdpa_flop_count(query.shape, key.shape, value.shape))
+def _patch_logits_flops(features: Tensor, *_: Any, **__: Any) -> float:
+    return 2.0 * features.numel()
 
-    def sdpa_backward(gradient: Tensor, query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> float:
-        return float(sdpa_backward_flop_count(gradient.shape, query.shape, key.shape, value.shape))
 
-    return {
-        "aten::_scaled_dot_product_flash_attention_for_cpu": sdpa,
-        "aten::_scaled_dot_product_flash_attention_for_cpu_backward": sdpa_backward,
-        "samtrain_kernels::context_attention": ours,
-        "samtrain_kernels::context_attention_backward": ours_backward,
-        "samtrain_kernels::patch_logits": patch_logits,
-        "samtrain_kernels::patch_logits_backward": patch_logits,
-    }
+def _sdpa_flops(query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> float:
+    return float(sdpa_flop_count(query.shape, key.shape, value.shape))
+
+
+def _sdpa_backward_flops(gradient: Tensor, query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> float:
+    return float(sdpa_backward_flop_count(gradient.shape, query.shape, key.shape, value.shape))
+
+
+FORMULAS: dict[str, Callable[..., float]] = {
+    "aten::_scaled_dot_product_flash_attention_for_cpu": _sdpa_flops,
+    "aten::_scaled_dot_product_flash_attention_for_cpu_backward": _sdpa_backward_flops,
+    "samtrain_kernels::context_attention": _ours_flops,
+    "samtrain_kernels::context_attention_backward": _ours_backward_flops,
+    "samtrain_kernels::patch_logits": _patch_logits_flops,
+    "samtrain_kernels::patch_logits_backward": _patch_logits_flops,
+}
+"""Operations that PyTorch's table lacks, by name."""

@@ -113,7 +113,7 @@ class Gate:
         )  # fmt: skip
         if not backward:
             with torch.no_grad():
-                return _outputs(run(inputs))
+                return _outputs(run(_without_gradients(inputs)))
         outputs = run(inputs)
         results = _outputs(outputs)
         leaves = _named_leaves(inputs)
@@ -138,6 +138,15 @@ def sub_batch(case: Case) -> Any:
     sizes = sorted(set(case.shape.counts))
     counts = (sizes[0], sizes[-1]) if len(sizes) > 1 else case.shape.counts[:2]
     return replace(case.shape, counts=counts)
+
+
+def _without_gradients(inputs: Inputs) -> Inputs:
+    """Some functions refuse a tensor that needs a gradient even where none is recorded."""
+    if not isinstance(inputs, CrossInputs):
+        inputs.model.requires_grad_(False)
+        return replace(inputs, query_tokens=inputs.query_tokens.detach())
+    tensors: Any = {name: value.detach() for name, value in vars(inputs).items() if isinstance(value, Tensor)}
+    return replace(inputs, **tensors)
 
 
 def _outputs(outputs: tuple[Tensor, ...]) -> dict[str, Tensor]:

@@ -34,7 +34,7 @@ def check_interpreted() -> list[dict[str, Any]]:
 
 
 def verdicts() -> list[dict[str, Any]]:
-    shape = replace(reduced(SHAPES["E"], max_groups=2), counts=(3, 1))
+    shape = replace(reduced(SHAPES["E"], max_groups=2), counts=(3, 2))
     found = []
     for level in LEVELS:
         for context in CONTEXTS:

@@ -165,9 +165,9 @@ def count_row(case: Case, name: str) -> dict[str, Any]:
 
 
 def _in_processes(function: Callable[..., Any], arguments: Sequence[tuple[Any, ...]]) -> list[Any]:
-    """One process per core: fake tensors are slow Python."""
-    workers = min(os.cpu_count() or 1, 8, len(arguments))
-    if workers < 2:
+    """One process per core, since fake tensors are slow Python; none for a few rows, which would start slower."""
+    workers = min(os.cpu_count() or 1, 8)
+    if workers < 2 or len(arguments) < 10:
         return [function(*a) for a in arguments]
     with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
         return list(pool.map(function, *zip(*arguments)))
@@ -296,7 +296,7 @@ def _input_sets(case: Case, implementation: Implementation, device: torch.device
 
 def _attention_taken(row: measure.Row) -> tuple[str, ...]:
     """The attention operations that one forward pass dispatched: what SDPA chose."""
-    with counts.Watch({}) as seen:
+    with counts.Watch() as seen:
         row.forward(0)
     return counts.attention_of(seen.names)
 
