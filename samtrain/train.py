@@ -45,6 +45,7 @@ from samtrain.model.build import LoadReport, build_model, build_processor
 from samtrain.model.flops import FlopCounter
 from samtrain.model.freezing import part_of, trainable_counts
 from samtrain.model.lora import merged_for_export
+from samtrain.model.modeling import SamMllmForConditionalGeneration
 from samtrain.recipe import Recipe, parse_recipe
 from samtrain.tracking.curves import curves_figure
 from samtrain.tracking.jsonl import FILE_NAME, JsonlLog, read_rows
@@ -133,22 +134,24 @@ class _Run:
             seed=recipe.seed,
             construction=zero.partitioned_construction(recipe.train, device=self.device),
             gather=zero.gathered,
+            device_type=self.device.type,
         )
         self._say_parts(model, report)
-        self.config = model.config
+        self.config, self.kernels = model.config, model.kernels
         if recipe.train.gradient_checkpointing:
             model.gradient_checkpointing_enable()
         self.counts = trainable_counts(model)
         groups = build_parameter_groups(model.named_parameters(), recipe.train, part_of)
         return zero.initialize(model, options=recipe.train, parameter_groups=groups, device=self.device)
 
-    def _say_parts(self, model: torch.nn.Module, report: LoadReport) -> None:
+    def _say_parts(self, model: SamMllmForConditionalGeneration, report: LoadReport) -> None:
         if not self.is_main:
             return
         rows = [
             [part, f"{trainable:,} of {total:,} parameters train"]
             for part, (trainable, total) in trainable_counts(model).items()
         ]
+        rows.append(["kernels", f"{model.kernels} (model.kernels: {self.recipe.model.kernels})"])
         self.emit({"kind": "plan", "title": "parts", "rows": rows + report.summary()})
 
     def _resume(self, checkpointer: Checkpointer) -> TrainState:
@@ -188,7 +191,8 @@ class _Run:
             self.tracker.log_params({f"parameters/{part}/trainable": trainable, f"parameters/{part}/total": total})
         self.tracker.log_params({f"versions/{name}": version for name, version in versions().items()})
         self.tracker.set_tags({"samtrain.commit": git_commit(), "samtrain.output_dir": str(self.output_dir)})
-        self.tracker.log_params({"world_size": engine.world_size, "device": str(self.device)})
+        run = {"world_size": engine.world_size, "device": str(self.device), "kernels": self.kernels}
+        self.tracker.log_params(run)
         self.tracker.log_text(recipe.to_yaml(), "recipe.yaml")
         name, path = f"{Path(recipe.data.path).name}/{recipe.data.train_split}", str(self.index.folder)
         self.tracker.log_dataset(name=name, digest=self.index.digest, path=path, num_samples=len(self.index))

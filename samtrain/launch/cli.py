@@ -54,7 +54,8 @@ def _launch(recipe: Recipe, arguments: argparse.Namespace, *, emit: Emit, worker
 
     address = None if arguments.local else (arguments.address or cluster_from_environment())
     where = "this machine, without Ray" if arguments.local else f"the Ray cluster at {address}" if address else None
-    plan = preflight(recipe, where=where or "this machine, a Ray of its own", emit=emit)
+    where = where or "this machine, a Ray of its own"
+    plan = preflight(recipe, where=where, emit=emit, is_here=address is None)
     if arguments.dry_run:
         return EXIT_SUCCESS
     claim(plan.output)

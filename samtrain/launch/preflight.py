@@ -27,17 +27,18 @@ class Plan:
     rows: list[list[str]]
 
 
-def preflight(recipe: Recipe, *, where: str, emit: Emit) -> Plan:
+def preflight(recipe: Recipe, *, where: str, emit: Emit, is_here: bool = True) -> Plan:
     """Check a recipe against this machine's files; builds the data set where the recipe says so; emits the plan.
 
     Args:
-        where: what the workers run on, in words.
+        where: what the workers run on, in words. is_here: that is this machine, not a cluster.
 
     Raises:
         InputError: the first thing that is wrong, with the way out.
     """
     output = resolve_output_dir(recipe)
     parameters = _parameters(recipe)
+    kernels = _kernels(recipe, is_here=is_here)
     disk = _disk_row(recipe, output, parameters)
     _build_data(recipe, emit=emit)
     data_rows, steps_per_epoch = _data_rows(recipe)
@@ -49,6 +50,7 @@ def preflight(recipe: Recipe, *, where: str, emit: Emit) -> Plan:
         ["steps", f"{recipe.total_steps(steps_per_epoch)} of {train.global_batch_size} samples, {train.precision}"],
         *data_rows,
         *_parameter_rows(parameters),
+        ["kernels", kernels],
         disk,
     ]
     emit({"kind": "plan", "title": "plan", "rows": rows})
@@ -86,6 +88,25 @@ def _parameter_rows(parameters: dict[str, tuple[int, int]]) -> list[list[str]]:
     ]
     trainable, total = (sum(counts[i] for counts in parameters.values()) for i in (0, 1))
     return [*rows, ["all parts", f"{_count(total)} parameters, {_count(trainable)} train"]]
+
+
+def _kernels(recipe: Recipe, *, is_here: bool) -> str:
+    """What `model.kernels` comes to; only the workers know where they are elsewhere, or have GPUs that are not here.
+
+    Raises:
+        ConfigError: the kernels asked for cannot run where the run would.
+    """
+    from samtrain.launch.devices import device_type, local_gpus
+    from samtrain.model.kernels import choose_kernels
+    from samtrain.model.parts import build_config
+
+    asked, device = recipe.model.kernels, recipe.launch.device
+    if device != "cpu" and (not is_here or (device == "cuda" and local_gpus() < recipe.launch.num_workers)):
+        return f"{asked}; decided where the workers run"
+    device = device_type(recipe, num_gpus=local_gpus())
+    qformer, trains = build_config(recipe.model).qformer_config, recipe.model.train.qformer
+    chosen = choose_kernels(asked, qformer, device_type=device, qformer_trains=trains)
+    return f"{chosen} on {device} (model.kernels: {asked})"
 
 
 def _count(number: int) -> str:

@@ -10,6 +10,7 @@ from transformers.initialization import no_init_weights
 from samtrain.core.parameters import Gather, no_gather
 from samtrain.core.seeds import derive_seed
 from samtrain.model.freezing import apply_freezing
+from samtrain.model.kernels import choose_kernels
 from samtrain.model.lora import attach_lora
 from samtrain.model.modeling import SamMllmForConditionalGeneration
 from samtrain.model.options import ModelOptions
@@ -26,6 +27,7 @@ def build_model(
     seed: int,
     construction: Callable[[], AbstractContextManager[object]] = nullcontext,
     gather: Gather = no_gather,
+    device_type: str = "cpu",
 ) -> tuple[SamMllmForConditionalGeneration, LoadReport]:
     """The model of a recipe, and a report of where its weights came from.
 
@@ -35,11 +37,15 @@ def build_model(
     Args:
         construction: context in which modules are made (DeepSpeed's zero.Init under ZeRO-3).
         gather: makes partitioned parameters whole.
+        device_type: where the model will run; it decides `model.kernels: auto`.
 
     Raises:
         ConfigError, CheckpointError: naming the part and its source.
     """
     config = build_config(options)
+    kernels = choose_kernels(
+        options.kernels, config.qformer_config, device_type=device_type, qformer_trains=options.train.qformer
+    )
     size = getattr(config.vision_config, "image_size", None)
     processor = build_processor(options, image_size=size if isinstance(size, int) else 224)
     config.image_token_id = processor.image_token_id
@@ -58,6 +64,7 @@ def build_model(
             torch.manual_seed(derive_seed(seed, "lora"))
             attach_lora(model, options.train.lora)
     apply_freezing(model, options.train)
+    model.kernels = kernels
     return model.eval(), plan.report
 
 

@@ -1,8 +1,9 @@
 """How much arithmetic a sample is, per part: what MFU divides by the time and the device's peak.
 
-Only real work counts: no padding, no recomputation, no second key/value projection of contextual features (they mix
-linearly), causal attention at half. A multiply-add is two operations. Backward passes count as often as training
-needs them: once more for gradients towards the input, once more again for gradients of the weights.
+Only real work counts: no padding, no recomputation, causal attention at half. A multiply-add is two operations.
+Backward passes count as often as training needs them: once more for gradients towards the input, once more again for
+gradients of the weights. The count is the same for every `model.kernels`: one attention for each context, and neither
+the second key/value projection of `materialised` nor the N-fold products by which the kernels mix scores.
 
 The vision tower and the LLM are counted by running transformers' own modules on the meta device under PyTorch's
 counter; the two-stream Q-Former by formula, from the same structure as guidance.py.

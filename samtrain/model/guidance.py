@@ -21,21 +21,41 @@ Q-Former, Q query tokens, Tq text tokens, R rows of the W stream (I, or S while 
 from typing import Literal, cast
 
 import torch
-from samtrain_kernels import image_mix_weights, mix_images
+from samtrain_kernels import image_mix_weights
+from samtrain_kernels.dispatch import ResolvedBackend
+from samtrain_kernels.tables import Context
 from torch import Tensor, nn
 from transformers import InstructBlipQFormerModel
 
 from samtrain.core.batch import ImageGroups
 from samtrain.core.errors import BatchError
 from samtrain.model.configuration import SamMllmConfig
+from samtrain.model.streams import KernelContext, MaterialisedContext, StreamReader
 
 
 class PatchScore(nn.Linear):
     """The adaptive adjustment, Linear(C, 1). Its forward calls the kernel, so that ZeRO-3 gathers the weight first."""
 
-    def forward(self, features: Tensor, groups: ImageGroups, context: Literal["others", "all"]) -> Tensor:  # type: ignore[override]
-        """Weights of the images in every context, [K, N, P] float32, from the features [I, P, C]."""
-        return image_mix_weights(features, self.weight[0], self.bias, groups, context=context)
+    def forward(  # type: ignore[override]
+        self,
+        features: Tensor,
+        order: Tensor | None,
+        groups: ImageGroups,
+        *,
+        context: Context,
+        backend: Literal["triton", "reference"],
+    ) -> Tensor:
+        """Weights of the images in every context, [K, N, P] float32, from F [I, P, C] and what is added to it, [I, C].
+
+        The score of F_j + o_j is that of F_j plus w . o_j, so the sum is never built.
+        """
+        weight, logit_bias = self.weight[0], None
+        if order is not None:
+            wide = torch.promote_types(weight.dtype, torch.float32)
+            logit_bias = (order.to(wide) * weight.to(wide)).sum(-1)
+        return image_mix_weights(
+            features, weight, self.bias, groups, context=context, logit_bias=logit_bias, backend=backend
+        )
 
 
 class Guidance(nn.Module):
@@ -47,7 +67,7 @@ class Guidance(nn.Module):
     def __init__(self, config: SamMllmConfig) -> None:
         super().__init__()
         width, feature_width = config.qformer_config.hidden_size, config.qformer_config.encoder_hidden_size
-        self.context = cast(Literal["others", "all"], config.guidance_context)
+        self.context = cast(Context, config.guidance_context)
         self.max_images = config.max_images
         self.initial_projection = nn.Linear(width, width)  # A
         self.context_projection = nn.Linear(width, width)  # B
@@ -58,21 +78,34 @@ class Guidance(nn.Module):
             if module is not None:
                 module.is_zero_init = True  # type: ignore[assignment]  # read by the model's _init_weights
 
-    def contextual_features(self, features: Tensor, groups: ImageGroups) -> Tensor:
-        """C: [I, P, C] (`others`) or, one for each sample, [S, P, C] (`all`), from the features F [I, P, C].
+    def reader(
+        self, features: Tensor, groups: ImageGroups, *, num_queries: int, backend: ResolvedBackend
+    ) -> StreamReader:
+        """What both streams read, from the features F [I, P, C].
 
         Raises:
             BatchError: a sample has more images than the order embedding has rows.
         """
-        if self.order_embedding is not None:
-            if groups.valid.shape[1] > self.max_images:
-                raise BatchError(
-                    f"a sample has {groups.valid.shape[1]} images, the order embedding {self.max_images} rows; "
-                    "raise model.guidance.max_images"
-                )
-            features = features + self.order_embedding(groups.slot_of_image)[:, None, :]
-        weights = self.patch_score(features, groups, self.context)
-        return mix_images(features, weights, groups, context=self.context)
+        order = self._order(groups)
+        mixing: Literal["triton", "reference"] = "triton" if backend == "triton" else "reference"
+        weights = self.patch_score(features, order, groups, context=self.context, backend=mixing)
+        if backend == "materialised":
+            return MaterialisedContext(features, weights, order, groups, context=self.context, num_queries=num_queries)
+        return KernelContext(
+            features, weights, order, groups, context=self.context, num_queries=num_queries,
+            backend=backend,
+        )  # fmt: skip
+
+    def _order(self, groups: ImageGroups) -> Tensor | None:
+        """[I, C]: the order embedding of every image; None without one."""
+        if self.order_embedding is None:
+            return None
+        if groups.valid.shape[1] > self.max_images:
+            raise BatchError(
+                f"a sample has {groups.valid.shape[1]} images, the order embedding {self.max_images} rows; "
+                "raise model.guidance.max_images"
+            )
+        return self.order_embedding(groups.slot_of_image)
 
 
 def extract_visual_tokens(
@@ -85,6 +118,7 @@ def extract_visual_tokens(
     groups: ImageGroups,
     input_ids: Tensor,
     attention_mask: Tensor,
+    backend: ResolvedBackend,
 ) -> Tensor:
     """Query outputs of every image, guided by the other images of its sample (`guidance=None`: each image alone).
 
@@ -95,6 +129,7 @@ def extract_visual_tokens(
         qformer: its embeddings and layers are called directly.
         query_tokens: [1, Q, D]. features: F, [I, P, C], I >= 1.
         input_ids, attention_mask: [S, Tq] int64, the instruction; Tq >= 1.
+        backend: how the W stream reads its context (`streams.py`); without guidance nobody asks.
 
     Returns:
         [I, Q, D].
@@ -111,7 +146,7 @@ def extract_visual_tokens(
             q = layer(q, q_mask, features, query_length=num_queries)
         return q[:, :num_queries]
 
-    context = guidance.contextual_features(features, groups)  # [R, P, C]
+    reader = guidance.reader(features, groups, num_queries=num_queries, backend=backend)
     # With `all`, C is the same for every image of a sample, and so is the W stream until A steers it at layer l.
     is_shared = guidance.context == "all"
     w, w_mask = (start, mask) if is_shared else (q, q_mask)
@@ -119,23 +154,23 @@ def extract_visual_tokens(
     # One call per layer for both streams, unless only one of them needs a backward pass: a frozen Q-Former without
     # anything trainable below it gives a Q stream that autograd does not record before layer k.
     q_records = torch.is_grad_enabled() and (q.requires_grad or features.requires_grad or _trains(qformer))
-    w_records = torch.is_grad_enabled() and (q_records or context.requires_grad or _trains(guidance))
-    is_joint = q_records == w_records
-    joint_features = torch.cat([features, context]) if is_joint else None
-    for t, layer in enumerate(layers, start=1):
+    w_records = torch.is_grad_enabled() and (q_records or _trains(guidance))
+    for t, layer in enumerate(layers[: config.contextual_layer], start=1):
         if t == config.initial_layer:
             if is_shared:
-                w, w_mask, context = w[of_image], q_mask, context[of_image]
-                joint_features = torch.cat([features, context]) if is_joint else None
+                reader.unshare()
+                w, w_mask = w[of_image], q_mask
             w = w + guidance.initial_projection(q)
-        if t < config.contextual_layer and is_joint:
-            both = layer(torch.cat([q, w]), torch.cat([q_mask, w_mask]), joint_features, query_length=num_queries)
+        run = reader.at(layer)
+        if t < config.contextual_layer and q_records == w_records:
+            both = run(torch.cat([q, w]), torch.cat([q_mask, w_mask]), q.shape[0])
             q, w = both.split([q.shape[0], w.shape[0]])
             continue
-        if t <= config.contextual_layer:
-            w = layer(w, w_mask, context, query_length=num_queries)
+        w = run(w, w_mask, 0)
         if t == config.contextual_layer:
             q = q + guidance.context_projection(w).masked_fill(~has_context, 0.0)
+        q = run(q, q_mask, q.shape[0])
+    for layer in layers[config.contextual_layer :]:
         q = layer(q, q_mask, features, query_length=num_queries)
     return q[:, :num_queries]
 

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from samtrain_kernels import Backend
+from samtrain_kernels.dispatch import ResolvedBackend
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, InstructBlipQFormerModel, PreTrainedModel, initialization
 from transformers.generation.logits_process import LogitsProcessorList, RepetitionPenaltyLogitsProcessor
@@ -23,6 +25,7 @@ from samtrain.core.errors import BatchError, ConfigError
 from samtrain.model.configuration import SamMllmConfig
 from samtrain.model.freezing import keep_frozen_parts_in_eval
 from samtrain.model.guidance import Guidance, extract_visual_tokens
+from samtrain.model.kernels import choose_kernels
 from samtrain.model.language_model import (
     check_language_model,
     label_targets,
@@ -73,6 +76,7 @@ class SamMllmForConditionalGeneration(PreTrainedModel):
         self.query_tokens = nn.Parameter(torch.zeros(1, config.num_query_tokens, config.qformer_config.hidden_size))
         self.qformer = InstructBlipQFormerModel._from_config(config.qformer_config)
         self.guidance = Guidance(config) if config.guidance_mode == "bidirectional" else None
+        self.kernels: Backend = "auto"  # of this process, and no part of the configuration
         self.language_projection = nn.Linear(config.qformer_config.hidden_size, config.text_config.hidden_size)
         self.language_model = AutoModelForCausalLM.from_config(config.text_config)
         check_language_model(self.language_model)
@@ -207,6 +211,15 @@ class SamMllmForConditionalGeneration(PreTrainedModel):
             groups=groups,
             input_ids=qformer_input_ids,
             attention_mask=qformer_attention_mask,
+            backend=self._backend(features.device),
+        )
+
+    def _backend(self, device: torch.device) -> ResolvedBackend:
+        has_dropout = self.qformer.training and self.config.qformer_config.attention_probs_dropout_prob > 0
+        if self.kernels != "auto" and not has_dropout:
+            return self.kernels
+        return choose_kernels(
+            self.kernels, self.config.qformer_config, device_type=device.type, qformer_trains=self.qformer.training
         )
 
     @torch.no_grad()

@@ -82,6 +82,7 @@ class ModelOptions(Options):
     model_name_or_path: a folder that `samtrain` exported or a whole InstructBLIP checkpoint (local folder or hub
         name); its parts are loaded by name, and the parts below then only override.
     image_layout: `prefix` (all images first, as the authors do) or `interleaved` (`<image>` placeholders).
+    kernels: how the W-Former reads its context; all compute the same function (`kernels.py`). `auto`: Triton on a GPU.
     """
 
     model_name_or_path: str | None = None
@@ -94,5 +95,6 @@ class ModelOptions(Options):
     image_layout: Literal["prefix", "interleaved"] = "prefix"
     train: TrainablePartsOptions = TrainablePartsOptions()
     attn_implementation: Literal["eager", "sdpa", "flash_attention_2"] = "sdpa"
+    kernels: Literal["auto", "triton", "reference", "materialised"] = "auto"
     max_instruction_tokens: int = Field(default=128, ge=1)  # cut on the left, image spans never
     max_output_tokens: int = Field(default=256, ge=2)  # answer + eos, cut on the right

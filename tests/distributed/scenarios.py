@@ -236,7 +236,7 @@ def train(
         total_steps=total_steps,
         state=state,
         callbacks=[recorder],
-        evaluate=(lambda: evaluate_loss(engine, validation)) if evaluate_every else None,
+        evaluate=evaluate if evaluate_every else None,
         checkpointer=checkpointer,
         warmup_batch=pack(99, [0, 1, 3] if rank == 0 else []) if warm_up else None,
     )
@@ -300,13 +300,12 @@ def oracle(*, total_steps=4, frozen=(), **changes):
     return {"losses": losses, "norms": norms, "weights": {n: p.tolist() for n, p in model.named_parameters()}}
 
 
-def multimodal(*, output_dir, trained, zero_options, total_steps=2):
-    """The real model, tiny, with checkpointing: its losses by the engine and by plain torch."""
+def multimodal(*, output_dir, trained, zero_options, kernels, total_steps=2):
+    """The real model, tiny, checkpointed: its losses by the engine, with `kernels`, and by plain torch, without."""
     from transformers import InstructBlipQFormerConfig, InstructBlipVisionConfig, LlamaConfig
 
     from samtrain.engine import zero
     from samtrain.engine.step import run_step
-    from samtrain.engine.watchdog import Watchdog
     from samtrain.model import SamMllmConfig, SamMllmForConditionalGeneration
     from samtrain.model.freezing import apply_freezing, part_of
     from samtrain.model.options import TrainablePartsOptions
@@ -318,7 +317,7 @@ def multimodal(*, output_dir, trained, zero_options, total_steps=2):
     zero.init_distributed(torch.device("cpu"))
     chosen = options(learning_rate=0.01, learning_rates={}, zero=zero_options)
 
-    def build() -> nn.Module:
+    def build(kernels: str) -> nn.Module:
         seed_everything(3)
         dropout = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
         config = SamMllmConfig(
@@ -328,13 +327,15 @@ def multimodal(*, output_dir, trained, zero_options, total_steps=2):
             ),
             text_config=LlamaConfig(**language, vocab_size=VOCABULARY, bos_token_id=1, eos_token_id=2, pad_token_id=0),
             num_query_tokens=1, image_token_id=IMAGE_TOKEN, initial_layer=2, contextual_layer=3, max_images=5,
+            order_embedding=True,
         )  # fmt: skip
         model = SamMllmForConditionalGeneration(config)
+        model.kernels = kernels
         apply_freezing(model, TrainablePartsOptions(**trained))
         model.gradient_checkpointing_enable()
         return model.train()
 
-    plain, losses = build(), []
+    plain, losses = build("materialised"), []
     groups = build_parameter_groups(plain.named_parameters(), chosen, part_of)
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.999), eps=1e-8)
     for step in range(1, total_steps + 1):
@@ -347,7 +348,9 @@ def multimodal(*, output_dir, trained, zero_options, total_steps=2):
         optimizer.step()
         losses.append(float(loss))
 
-    model = build()
+    model, layer_calls = build(kernels), []
+    # Layer 1 (1-based) reads images and comes before k: the kernels' path goes around its forward.
+    model.qformer.encoder.layer[0].register_forward_pre_hook(lambda *_: layer_calls.append(1))
     groups = build_parameter_groups(model.named_parameters(), chosen, part_of)
     engine = zero.initialize(model, options=chosen, parameter_groups=groups, device=torch.device("cpu"))
     watchdog, found = Watchdog(output_dir=output_dir, rank=rank, timeout_seconds=60), []
@@ -361,7 +364,8 @@ def multimodal(*, output_dir, trained, zero_options, total_steps=2):
     for (_, weight), expected in zip(zero.consolidated(engine.module), plain.parameters()):
         if weight is not None:
             difference = max(difference, float((weight - expected).abs().max()))
-    return {"plain": losses, "engine": found, "weight_difference": difference, "gathered": gathers["elements"]}
+    counts = {"gathered": gathers["elements"], "layer_calls": len(layer_calls)}
+    return {"plain": losses, "engine": found, "weight_difference": difference, **counts}
 
 
 def refusals(*, output_dir):

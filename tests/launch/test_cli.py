@@ -54,6 +54,16 @@ def test_dry_run_shows_the_plan_and_starts_nothing(
     assert not (tmp_path / "run").exists()
 
 
+def test_triton_kernels_without_a_gpu_exit_2_and_say_what_is_missing(
+    tiny_recipe: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    arguments = ["model.kernels=triton", "model.train.qformer=false", "launch.device=cpu"]
+    assert main([str(tiny_recipe), "--local", "--dry-run", *arguments]) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("samtrain: model.kernels: ") and "choose reference or materialised" in err
+
+
 def test_print_config_prints_a_recipe_that_reads_back(
     tiny_recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

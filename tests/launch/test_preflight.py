@@ -59,11 +59,38 @@ def test_steps_follow_from_epochs_where_max_steps_is_not_set(tiny_recipe: Path) 
         ("model.vision.config.hidden_sice=4", "hidden_sice"),
         ("train.resume_from_checkpoint=/nonexistent/checkpoint-3", "checkpoint-3"),
         ("model.train={guidance: false}", "nothing trains"),
+        ("model.kernels=fast", r"model.kernels` = 'fast': .*'auto', 'triton', 'reference' or 'materialised'"),
     ],
 )
 def test_what_is_wrong_is_said_before_anything_is_loaded(tiny_recipe: Path, override: str, message: str) -> None:
     with pytest.raises(InputError, match=message):
         check(tiny_recipe, override)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        (["launch.device=cpu"], "materialised on cpu (model.kernels: auto)"),
+        (["launch.device=cpu", "model.kernels=reference"], "materialised on cpu (model.kernels: reference)"),
+        (
+            ["launch.device=cpu", "model.kernels=reference", "model.train.qformer=false"],
+            "reference on cpu (model.kernels: reference)",
+        ),
+        (["launch.device=cuda", "launch.num_workers=4"], "auto; decided where the workers run"),
+    ],
+)
+def test_the_plan_says_which_kernels_run(
+    tiny_recipe: Path, monkeypatch: pytest.MonkeyPatch, overrides: list[str], expected: str
+) -> None:
+    """The tiny Q-Former has attention dropout, which the materialised path alone has: where it trains, nothing else."""
+    monkeypatch.setattr("samtrain.launch.devices.local_gpus", lambda: 0)
+    assert check(tiny_recipe, *overrides)["kernels"] == expected
+
+
+def test_elsewhere_the_workers_decide_on_kernels(tiny_recipe: Path) -> None:
+    recipe = load_recipe(tiny_recipe, ["launch.device=auto", "model.kernels=triton"])
+    rows = dict(preflight(recipe, where="the cluster", emit=lambda event: None, is_here=False).rows)
+    assert rows["kernels"] == "triton; decided where the workers run"
 
 
 def test_a_missing_shard_or_index_is_named(tiny_recipe: Path, shared_files: Path, tmp_path: Path) -> None:

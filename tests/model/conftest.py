@@ -140,7 +140,10 @@ def tiny_config() -> Callable[..., SamMllmConfig]:
 
 @pytest.fixture
 def tiny_model() -> Callable[..., SamMllmForConditionalGeneration]:
-    """Build a tiny model from the keyword arguments of `config`; `random_guidance` gives A, B and the rest values."""
+    """Build a tiny model from the keyword arguments of `config`; `random_guidance` gives A, B and the rest values.
+
+    Attention dropout acts on the materialised path alone: with other `kernels` a model that trains needs `dropout=0`.
+    """
 
     def build(
         kind: str = "llama",
@@ -148,6 +151,7 @@ def tiny_model() -> Callable[..., SamMllmForConditionalGeneration]:
         dtype: torch.dtype = torch.float32,
         random_guidance: bool = False,
         seed: int = 0,
+        kernels: Any = "auto",
         **kwargs: Any,
     ) -> SamMllmForConditionalGeneration:
         torch.manual_seed(seed)
@@ -156,6 +160,7 @@ def tiny_model() -> Callable[..., SamMllmForConditionalGeneration]:
             randomise(part, scale=0.05)
         if random_guidance and model.guidance is not None:
             randomise(model.guidance)
+        model.kernels = kernels
         return model.to(dtype).eval()
 
     return build

@@ -8,10 +8,11 @@ from typing import Any
 
 import pytest
 import torch
+from samtrain_kernels import resolve_backend
 from transformers import AutoModelForCausalLM, InstructBlipConfig, InstructBlipForConditionalGeneration, LlamaConfig
 
 from samtrain.core.errors import CheckpointError, ConfigError
-from samtrain.model import SamMllmProcessor, build_model, build_processor
+from samtrain.model import SamMllmForConditionalGeneration, SamMllmProcessor, build_model, build_processor
 from samtrain.model.freezing import part_of
 from samtrain.model.options import ModelOptions
 from samtrain.model.packaged import packaged_folder
@@ -222,6 +223,15 @@ def test_lora_and_dtype_and_attention_follow_the_options(tokenizer_folders: Any)
     assert {part_of(n) for n in trained} == {"guidance", "language_model"}
     assert all(".lora_" in n for n in trained if part_of(n) == "language_model")
     assert model.language_model.config._attn_implementation == "eager" and not model.training
+
+
+def test_kernels_are_decided_once_and_never_saved(tokenizer_folders: Any, tmp_path: Path) -> None:
+    model, _ = build_model(options(tokenizer_folders, kernels="reference"), dtype=torch.float32, seed=1)
+    assert model.kernels == "reference"
+    model.save_pretrained(tmp_path)
+    assert "kernels" not in (tmp_path / "config.json").read_text()
+    assert SamMllmForConditionalGeneration.from_pretrained(tmp_path).kernels == "auto"
+    assert build(options(tokenizer_folders))[0].kernels == resolve_backend("auto", device_type="cpu")
 
 
 @pytest.mark.parametrize(

@@ -69,8 +69,11 @@ def test_a_frozen_language_model_recomputes_its_layers_and_keeps_its_dropout_off
         assert (gradients[1][name] - gradient).abs().max() < 1e-6, name
 
 
-def test_checkpointing_never_wraps_the_qformers_layers_which_run_twice(tiny_model: Any, make_batch: Any) -> None:
-    model = tiny_model(random_guidance=True, dropout=0.0)
+@pytest.mark.parametrize("kernels", ["materialised", "reference"])
+def test_checkpointing_never_wraps_the_qformers_layers_which_run_twice(
+    tiny_model: Any, make_batch: Any, kernels: str
+) -> None:
+    model = tiny_model(random_guidance=True, dropout=0.0, kernels=kernels)
     apply_freezing(model, TrainablePartsOptions(vision=True, qformer=True, language_model="full"))
     gradients = []
     for checkpointing in (False, True):

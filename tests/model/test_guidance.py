@@ -1,6 +1,7 @@
 """The two-stream encoder against a loop over images written from method.md, section 1, in float64."""
 
 from collections.abc import Callable
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -14,6 +15,7 @@ from samtrain.model import SamMllmForConditionalGeneration
 from samtrain.model.guidance import extract_visual_tokens
 
 RAGGED = [2, 1, 3, 5]
+BACKENDS = ["materialised", "reference"]  # Triton's interpreter has no float64; see test_kernel_backends.py
 
 
 def reference(model: SamMllmForConditionalGeneration, features: Tensor, batch: PackedBatch) -> Tensor:
@@ -53,7 +55,9 @@ def reference(model: SamMllmForConditionalGeneration, features: Tensor, batch: P
     return torch.stack(outputs)
 
 
-def encode(model: SamMllmForConditionalGeneration, features: Tensor, batch: PackedBatch) -> Tensor:
+def encode(
+    model: SamMllmForConditionalGeneration, features: Tensor, batch: PackedBatch, backend: Any = "reference"
+) -> Tensor:
     return extract_visual_tokens(
         model.qformer,
         model.guidance,
@@ -63,6 +67,7 @@ def encode(model: SamMllmForConditionalGeneration, features: Tensor, batch: Pack
         groups=batch.image_groups,
         input_ids=batch.qformer_input_ids,
         attention_mask=batch.qformer_attention_mask,
+        backend=backend,
     )
 
 
@@ -85,8 +90,9 @@ LAYERS = [(first, last) for first in range(1, 5) for last in range(first, 5)]
 @pytest.mark.parametrize("context", ["others", "all"])
 @pytest.mark.parametrize(("initial", "contextual"), LAYERS)
 @pytest.mark.parametrize("order", [False, True])
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_outputs_and_every_gradient_equal_the_loop_over_images(
-    tiny_model: Any, make_batch: Any, context: str, initial: int, contextual: int, order: bool
+    tiny_model: Any, make_batch: Any, backend: str, context: str, initial: int, contextual: int, order: bool
 ) -> None:
     model = tiny_model(
         dtype=torch.float64, random_guidance=True, guidance_context=context, initial_layer=initial,
@@ -94,7 +100,7 @@ def test_outputs_and_every_gradient_equal_the_loop_over_images(
     )  # fmt: skip
     batch = make_batch(RAGGED)
     expected, expected_gradients = outputs_and_gradients(reference, model, batch)
-    got, gradients = outputs_and_gradients(encode, model, batch)
+    got, gradients = outputs_and_gradients(partial(encode, backend=backend), model, batch)
     assert (got - expected).abs().max() < 1e-9
     for name, gradient in expected_gradients.items():
         assert (gradients[name] - gradient).abs().max() < 1e-9, name
@@ -104,15 +110,20 @@ def test_outputs_and_every_gradient_equal_the_loop_over_images(
         assert gradients["guidance.order_embedding.weight"].abs().max() > 1e-6
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("context", ["others", "all"])
-def test_a_frozen_qformer_gives_the_same_guidance_gradients(tiny_model: Any, make_batch: Any, context: str) -> None:
-    model = tiny_model(dtype=torch.float64, random_guidance=True, guidance_context=context, initial_layer=2)
+def test_a_frozen_qformer_gives_the_same_guidance_gradients(
+    tiny_model: Any, make_batch: Any, context: str, backend: str
+) -> None:
+    model = tiny_model(
+        dtype=torch.float64, random_guidance=True, guidance_context=context, initial_layer=2, order_embedding=True
+    )
     batch = make_batch(RAGGED)
     features = torch.randn(batch.num_images, 5, 12, dtype=torch.float64)
 
     def gradients() -> dict[str, Tensor]:
         model.zero_grad()
-        encode(model, features, batch).square().sum().backward()
+        encode(model, features, batch, backend).square().sum().backward()
         return {n: p.grad.clone() for n, p in model.guidance.named_parameters()}
 
     trained = gradients()
@@ -123,15 +134,19 @@ def test_a_frozen_qformer_gives_the_same_guidance_gradients(tiny_model: Any, mak
         assert (frozen[name] - gradient).abs().max() < 1e-9, name
 
 
-def test_a_frozen_qformer_records_nothing_of_the_q_stream_before_layer_k(tiny_model: Any, make_batch: Any) -> None:
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_frozen_qformer_records_nothing_of_the_q_stream_before_layer_k(
+    tiny_model: Any, make_batch: Any, backend: str
+) -> None:
     model = tiny_model(random_guidance=True)
     for parameter in [*model.qformer.parameters(), model.query_tokens]:
         parameter.requires_grad_(False)
     batch = make_batch([2, 2])
     records: list[tuple[int, int, bool]] = []
     for t, layer in enumerate(model.qformer.encoder.layer, start=1):
-        layer.register_forward_hook(lambda m, a, out, t=t: records.append((t, out.shape[0], out.requires_grad)))
-    encode(model, torch.randn(4, 5, 12), batch)
+        end = layer.output_query  # called once wherever the layer runs, also where the layer itself is not called
+        end.register_forward_hook(lambda m, a, out, t=t: records.append((t, out.shape[0], out.requires_grad)))
+    encode(model, torch.randn(4, 5, 12), batch, backend)
     # k = 3: W then Q at every layer up to k, Q alone after it.
     assert records == [
         (1, 4, True),
@@ -144,36 +159,57 @@ def test_a_frozen_qformer_records_nothing_of_the_q_stream_before_layer_k(tiny_mo
     ]
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_streams_share_one_call_per_layer_and_all_runs_the_w_stream_once_per_sample(
-    tiny_model: Any, make_batch: Any
+    tiny_model: Any, make_batch: Any, backend: str
 ) -> None:
     model = tiny_model(guidance_context="all", initial_layer=3, contextual_layer=4)
     rows: list[int] = []
     for layer in model.qformer.encoder.layer:
-        layer.register_forward_hook(lambda m, a, out: rows.append(out.shape[0]))
-    encode(model, torch.randn(5, 5, 12), make_batch([2, 3]))
+        layer.output_query.register_forward_hook(lambda m, a, out: rows.append(out.shape[0]))
+    encode(model, torch.randn(5, 5, 12), make_batch([2, 3]), backend)
     assert rows == [5 + 2, 5 + 2, 5 + 5, 5, 5]
 
 
-def test_a_single_image_with_others_is_not_guided_but_with_all_it_is(tiny_model: Any, make_batch: Any) -> None:
+@pytest.mark.parametrize("trains", [True, False])
+def test_kernels_project_the_images_once_per_layer_for_both_streams(
+    tiny_model: Any, make_batch: Any, trains: bool
+) -> None:
+    """Also where the streams run one after the other: at layer k, and before it where the Q-Former is frozen."""
+    model = tiny_model(initial_layer=1, contextual_layer=3, order_embedding=True)
+    for parameter in [*model.qformer.parameters(), model.query_tokens]:
+        parameter.requires_grad_(trains)
+    shapes: list[tuple[int, tuple[int, ...]]] = []
+    for t in (1, 3):
+        key = model.qformer.encoder.layer[t - 1].crossattention.attention.key
+        key.register_forward_hook(lambda m, a, out, t=t: shapes.append((t, tuple(a[0].shape))))
+    encode(model, torch.randn(5, 7, 12), make_batch([2, 3]), "reference")
+    assert shapes == [(t, shape) for t in (1, 3) for shape in ((5, 7, 12), (5 + 1, 12))]  # images, then places
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_single_image_with_others_is_not_guided_but_with_all_it_is(
+    tiny_model: Any, make_batch: Any, backend: str
+) -> None:
     batch = make_batch([1])
     features = torch.randn(1, 5, 12, dtype=torch.float64)
     for context, is_guided in (("others", False), ("all", True)):
         model = tiny_model(dtype=torch.float64, random_guidance=True, guidance_context=context)
-        guided = encode(model, features, batch)
+        guided = encode(model, features, batch, backend)
         model.guidance = None
-        difference = (guided - encode(model, features, batch)).abs().max()
+        difference = (guided - encode(model, features, batch, backend)).abs().max()
         assert difference > 1e-3 if is_guided else difference < 1e-12
 
 
-def test_the_context_of_a_sample_never_reaches_another(tiny_model: Any, make_batch: Any) -> None:
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_the_context_of_a_sample_never_reaches_another(tiny_model: Any, make_batch: Any, backend: str) -> None:
     model = tiny_model(dtype=torch.float64, random_guidance=True)
     batch = make_batch([2, 3])
     features = torch.randn(5, 5, 12, dtype=torch.float64)
-    before = encode(model, features, batch)
+    before = encode(model, features, batch, backend)
     changed = features.clone()
     changed[2:] += 1.0
-    after = encode(model, changed, batch)
+    after = encode(model, changed, batch, backend)
     assert (before[:2] - after[:2]).abs().max() < 1e-12
     assert (before[2:] - after[2:]).abs().max() > 1e-3
 
@@ -193,14 +229,18 @@ def test_the_papers_shape_has_1182593_guidance_parameters(tiny_config: Any) -> N
     assert sum(p.numel() for p in guidance.parameters()) == 1_182_593
 
 
-def test_groups_without_images_are_allowed_beside_others(tiny_model: Any, make_batch: Any) -> None:
-    model = tiny_model(dtype=torch.float64, random_guidance=True, guidance_context="all")
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("context", ["others", "all"])
+def test_groups_without_images_are_allowed_beside_others(
+    tiny_model: Any, make_batch: Any, context: str, backend: str
+) -> None:
+    model = tiny_model(dtype=torch.float64, random_guidance=True, guidance_context=context)
     with_empty, without = make_batch([0, 2, 0]), make_batch([2])
     features = torch.randn(2, 5, 12, dtype=torch.float64)
     text = {"input_ids": with_empty.qformer_input_ids[1:2], "attention_mask": with_empty.qformer_attention_mask[1:2]}
-    got = encode(model, features, with_empty)
+    got = encode(model, features, with_empty, backend)
     expected = extract_visual_tokens(
         model.qformer, model.guidance, config=model.config, query_tokens=model.query_tokens, features=features,
-        groups=ImageGroups.from_counts([2]), **text,
+        groups=ImageGroups.from_counts([2]), backend=backend, **text,
     )  # fmt: skip
     assert without.num_images == 2 and (got - expected).abs().max() < 1e-12
