@@ -10,10 +10,12 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from samtrain.core.errors import InputError, SamtrainError
+from samtrain.data import inspect_command
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help=__doc__, pretty_exceptions_enable=False)
-data_app = typer.Typer(no_args_is_help=True, help="Build and index data sets.")
+data_app = typer.Typer(no_args_is_help=True, help="Build, index, check and look at data sets.")
 app.add_typer(data_app, name="data")
+inspect_command.register(data_app)
 
 
 def main() -> None:

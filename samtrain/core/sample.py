@@ -5,12 +5,13 @@ data and model never import each other; they meet here.
 
 import json
 from dataclasses import asdict, dataclass, field
-from typing import Any, Protocol
-
-from PIL import Image
-from torch import Tensor
+from typing import TYPE_CHECKING, Any, Protocol
 
 from samtrain.core.errors import DataError
+
+if TYPE_CHECKING:  # who only reads records starts without torch: 3 s and 200 MB for every process
+    from PIL import Image
+    from torch import Tensor
 
 IMAGE_PLACEHOLDER = "<image>"
 
@@ -103,6 +104,6 @@ class SampleEncoder(Protocol):
         """
         ...
 
-    def pixel_values(self, image: Image.Image) -> Tensor:
+    def pixel_values(self, image: "Image.Image") -> "Tensor":
         """[3, image_size, image_size] float32: bicubic resize (if needed), scaled, normalised."""
         ...

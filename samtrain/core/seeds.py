@@ -1,11 +1,13 @@
-"""Seeds: one number in the recipe, independent streams for everything that draws."""
+"""Seeds: one number in the recipe, independent streams for everything that draws.
+
+torch is imported where it is seeded: processes that only derive seeds (builders, lint) start without it.
+"""
 
 import hashlib
 import random
 from typing import Any
 
 import numpy as np
-import torch
 
 
 def derive_seed(*parts: Any) -> int:
@@ -16,6 +18,8 @@ def derive_seed(*parts: Any) -> int:
 
 def seed_everything(seed: int) -> None:
     """Seed python, numpy and torch (all devices) of this process."""
+    import torch
+
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
@@ -23,6 +27,8 @@ def seed_everything(seed: int) -> None:
 
 def rng_state() -> dict[str, Any]:
     """The state of every generator of this process, as tensors and JSON-able values."""
+    import torch
+
     version, words, gauss = random.getstate()
     name, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
     words_numpy = [int(word) for word in keys]
@@ -38,6 +44,8 @@ def rng_state() -> dict[str, Any]:
 
 def set_rng_state(state: dict[str, Any]) -> None:
     """Restore what `rng_state` returned."""
+    import torch
+
     version, words, gauss = state["python"]
     random.setstate((version, tuple(words), gauss))
     name, keys, position, has_gauss, cached = state["numpy"]

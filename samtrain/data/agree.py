@@ -139,7 +139,8 @@ class StepAccounts:
         left = self.max_bad_fraction - share
         if left >= -_ROUNDING and self._num_bad < left * max(self._num_seen, MIN_SEEN) + 1 - _ROUNDING:
             return
-        parts, some = [], []
+        parts: list[str] = []
+        some: list[str] = []
         if self._num_bad:
             parts.append(f"{self._num_bad} of the {self._num_seen} samples seen so far could not be used")
             some += self._bad.values()

@@ -23,6 +23,10 @@ CROP_ATTEMPTS = 10
 _ORIENTATION = 0x0112
 
 
+class ImageTooLargeError(DataError):
+    """A picture has more pixels than allowed."""
+
+
 def decode_image(data: bytes, *, max_pixels: int, where: str) -> Image.Image:
     """Decode one picture to RGB.
 
@@ -31,12 +35,13 @@ def decode_image(data: bytes, *, max_pixels: int, where: str) -> Image.Image:
         where: names the image in errors.
 
     Raises:
-        DataError: unknown format, too large, truncated or damaged.
+        ImageTooLargeError: more pixels than `max_pixels`.
+        DataError: unknown format, truncated or damaged.
     """
     try:
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:
             if image.width * image.height > max_pixels:
-                raise DataError(
+                raise ImageTooLargeError(
                     f"{where}: {image.width} x {image.height} pixels, more than data.max_image_pixels = {max_pixels}"
                 )
             image.load()
@@ -45,6 +50,8 @@ def decode_image(data: bytes, *, max_pixels: int, where: str) -> Image.Image:
         raise
     except UnidentifiedImageError:
         raise DataError(f"{where}: cannot be decoded: not a JPEG, PNG or WEBP image") from None
+    except Image.DecompressionBombError as error:  # PIL's own limit, met before ours where that one is higher
+        raise ImageTooLargeError(f"{where}: cannot be decoded: {type(error).__name__}: {error}") from None
     except Exception as error:  # PIL raises many kinds on hostile bytes: OSError, SyntaxError, struct.error, ...
         raise DataError(f"{where}: cannot be decoded: {type(error).__name__}: {error}") from None
 

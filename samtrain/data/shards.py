@@ -8,6 +8,7 @@ A folder is finished or refused: shards carry a temporary name until the last on
 written after them. Writing and indexing share one scanner, so an index always describes what is really there.
 """
 
+import contextlib
 import hashlib
 import io
 import re
@@ -67,12 +68,14 @@ class ShardWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if kind is None:
+        if kind is not None:
+            self._abandon()
+            return
+        try:
             self.close()
-        else:
-            self._close_shard()
-            for path in self._finished:
-                path.unlink()
+        except BaseException:  # a full disk, as a rule
+            self._abandon()
+            raise
 
     def write(
         self,
@@ -120,10 +123,25 @@ class ShardWriter:
         self._close_shard()
         if not self._finished:
             raise DataError(f"{self.folder}: no sample was written")
-        for path in self._finished:
-            path.rename(path.with_name(path.name.removesuffix(_TEMPORARY)))
+        for i, path in enumerate(self._finished):
+            self._finished[i] = path.rename(path.with_name(path.name.removesuffix(_TEMPORARY)))
+        index = build_index(self.folder)
         self._finished = []
-        return build_index(self.folder)
+        return index
+
+    def _abandon(self) -> None:
+        """Remove what was written."""
+        with contextlib.suppress(OSError):  # closing writes what is buffered, which a full disk refuses again
+            self._close_shard()
+        if self._stream is not None:
+            with contextlib.suppress(OSError):
+                self._stream.close()
+        for path in self._finished:
+            path.unlink(missing_ok=True)
+        if self._finished:
+            for name in (SAMPLES_FILE, INDEX_FILE):
+                (self.folder / name).unlink(missing_ok=True)
+        self._finished = []
 
     def _add(self, key: str, members: dict[str, bytes]) -> None:
         full = self._num_in_shard >= self.max_samples_per_shard or self._bytes_in_shard >= self.max_shard_bytes

@@ -1,6 +1,7 @@
 """A whitespace tokenizer as `SampleEncoder`, and small sets of real JPEG shards."""
 
 import io
+import sys
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -10,6 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
+from samtrain.cli import main
 from samtrain.core.batch import IGNORE_INDEX
 from samtrain.core.errors import DataError
 from samtrain.core.sample import EncodedText
@@ -95,3 +97,18 @@ def fifty(write_set: Callable[..., Path]) -> ShardIndex:
 @pytest.fixture
 def options(tmp_path: Path) -> DataOptions:
     return DataOptions(path=str(tmp_path), image_size=32, max_tokens=160, max_images=12, num_workers=2)
+
+
+@pytest.fixture
+def run_cli(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
+    """run_cli("lint", folder, ...) -> exit code, stdout, stderr of `samtrain data lint ...`."""
+
+    def run(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["samtrain", "data", *map(str, arguments)])
+        monkeypatch.setenv("COLUMNS", "200")
+        with pytest.raises(SystemExit) as exited:
+            main()
+        captured = capsys.readouterr()
+        return int(exited.value.code or 0), captured.out, captured.err
+
+    return run

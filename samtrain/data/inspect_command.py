@@ -1,0 +1,92 @@
+"""`samtrain data lint | stats | show | ledger`: look at shards and at what runs did with them."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from samtrain.core.errors import DataError
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands to `samtrain data`."""
+    app.command("lint")(lint_command)
+
+
+def lint_command(
+    shards: Annotated[Path, typer.Argument(help="a folder of shards, or a data set with one folder for each split")],
+    report: Annotated[Path | None, typer.Option("--json", help="write everything that was found here")] = None,
+    fix: Annotated[Path | None, typer.Option(help="write a clean set of the good samples to this new folder")] = None,
+    ignore: Annotated[list[str] | None, typer.Option(help="a kind that is no reason to fail; may be repeated")] = None,
+    examples: Annotated[int, typer.Option(min=1, help="examples shown of each kind")] = 3,
+    num_workers: Annotated[int | None, typer.Option(min=1, help="processes; one for each core otherwise")] = None,
+    max_image_pixels: Annotated[int, typer.Option(min=1, help="more are oversized")] = 64_000_000,
+    max_member_bytes: Annotated[int, typer.Option(min=1, help="more are oversized")] = 64 * 1024**2,
+    max_text_bytes: Annotated[int, typer.Option(min=1, help="more are oversized; of instruction, of answer")] = 65536,
+) -> None:
+    """Decode and check everything. Exit status: 0 nothing is wrong, 1 something is, 2 it could not be looked at."""
+    from rich.console import Console
+
+    from samtrain.core.files import atomic_write_json
+    from samtrain.data.lint import Limits, lint
+    from samtrain.data.lint.fix import check_output, write_clean
+    from samtrain.data.lint.table import lint_tables
+    from samtrain.data.parallel import available_cores
+
+    limits = Limits(max_image_pixels=max_image_pixels, max_member_bytes=max_member_bytes, max_text_bytes=max_text_bytes)
+    if fix is not None:
+        check_output(shards, fix)  # before the minutes of looking
+    with progress_bars() as progress:
+        found = lint(
+            shards,
+            limits=limits,
+            ignore=frozenset(ignore or ()),
+            num_workers=num_workers or available_cores(),
+            progress=progress,
+        )
+    written = found.to_dict()
+    console = Console()
+    for part in lint_tables(found, num_examples=examples):
+        console.print(part)
+    if fix is not None:
+        with progress_bars() as progress:
+            written["fix"] = write_clean(found, fix, progress=progress)
+        console.print(_fixed(written["fix"]), markup=False, highlight=False)
+    if report is not None:
+        _writing(report, lambda: atomic_write_json(report, written))
+    raise typer.Exit(0 if found.is_clean else 1)
+
+
+def _fixed(fixed: dict[str, object]) -> str:
+    return (
+        f"clean set: {fixed['path']}: {fixed['samples']} samples; {fixed['left_out']} left out, "
+        f"{fixed['mended']} mended (left_out.jsonl lists them)"
+    )
+
+
+def _writing(path: Path, write: Callable[[], object]) -> None:
+    """Write a file that was asked for; a disk that refuses is one message."""
+    try:
+        write()
+    except OSError as error:
+        raise DataError(f"{path}: cannot be written: {error}") from None
+
+
+@contextmanager
+def progress_bars() -> Iterator[Callable[[str, int, int], None]]:
+    """Bars on stderr for (what, done, total)."""
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total}"))
+    with Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True), transient=True) as bars:
+        tasks = {}
+
+        def show(what: str, done: int, total: int) -> None:
+            if what not in tasks:
+                tasks[what] = bars.add_task(what, total=total)
+            bars.update(tasks[what], completed=done, total=total)
+
+        yield show
