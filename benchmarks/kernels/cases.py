@@ -56,9 +56,8 @@ def make_inputs(
         tables: index tables of the shape, where they cannot be built here (under fake tensors).
     """
     wider = computed_in or (torch.float32 if implementation.weights_float32 else None)
-    weights_only = computed_in is None
     if case.level == "qformer":
-        drawn = streams.draw_qformer(
+        return streams.draw_qformer(
             case.shape,
             case.context,
             trained=case.trained,
@@ -70,9 +69,9 @@ def make_inputs(
             attention=implementation.attention,
             model=like.model if isinstance(like, QformerInputs) else None,
             tables=tables,
+            weights_in=wider,
+            features_in=computed_in,
         )
-        # With `like`, its model is in the wider precision already.
-        return drawn if wider is None else streams.in_precision(drawn, wider, weights_only=weights_only)
     plain = cross.draw_cross(
         case.shape,
         case.context,
@@ -85,7 +84,7 @@ def make_inputs(
         tables=tables,
     )
     if wider is not None:
-        plain = cross.in_precision(plain, wider, weights_only=weights_only)
+        plain = cross.in_precision(plain, wider, weights_only=computed_in is None)
     return cross.derive(plain, chained=chained)
 
 

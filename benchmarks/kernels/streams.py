@@ -10,10 +10,9 @@ All run transformers' own layers with the same weights, so they differ in struct
 Legend: I images, S samples, P patches, C feature width, D width of the Q-Former, Q query tokens, L = Q + text tokens.
 """
 
-import copy
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -86,13 +85,19 @@ def draw_qformer(
     attention: str = "sdpa",
     model: nn.ModuleDict | None = None,
     tables: Tables | None = None,
+    weights_in: torch.dtype | None = None,
+    features_in: torch.dtype | None = None,
 ) -> QformerInputs:
-    """A batch, and the model it runs on (`model`: that of an earlier batch). A and B are random, not zero, so that all
-    of it carries gradients."""
+    """A batch, and the model it runs on. A and B are random, not zero, so that all of it carries gradients.
+
+    Args:
+        model: that of an earlier batch, in the precision it has.
+        dtype: what all values are rounded to. weights_in, features_in: what they are widened to then.
+    """
     generator = torch.Generator(device).manual_seed(seed)
     config = qformer_configuration(shape, context, attention)
     if model is None:
-        model = _cast(build_model(config, device, logit_sd=logit_sd), dtype)
+        model = _cast(_cast(build_model(config, device, logit_sd=logit_sd), dtype), weights_in or dtype)
         model["qformer"].requires_grad_(trained)
 
     def normal(*size: int) -> Tensor:
@@ -109,8 +114,8 @@ def draw_qformer(
         config=config,
         groups=groups,
         slots=slots,
-        features=normal(shape.images, shape.patches, shape.feature_width),
-        query_tokens=(normal(1, shape.queries, shape.width) * 0.5).requires_grad_(trained),
+        features=normal(shape.images, shape.patches, shape.feature_width).to(features_in or dtype),
+        query_tokens=(normal(1, shape.queries, shape.width) * 0.5).to(weights_in or dtype).requires_grad_(trained),
         input_ids=torch.randint(VOCABULARY, text, generator=generator, device=device),
         attention_mask=torch.ones(text, dtype=torch.int64, device=device),
     )
@@ -163,17 +168,6 @@ def build_model(config: SamMllmConfig, device: torch.device, *, logit_sd: float)
             weight = getattr(model["guidance"], name).weight
             weight.copy_(torch.randn(width, width, generator=generator, device=device) * 0.5 * width**-0.5)
     return model.eval()
-
-
-def in_precision(inputs: QformerInputs, dtype: torch.dtype, *, weights_only: bool = False) -> QformerInputs:
-    """The same values in another dtype, with gradients of their own; `weights_only`: the features stay."""
-    queries = inputs.query_tokens
-    return replace(
-        inputs,
-        model=_cast(copy.deepcopy(inputs.model), dtype),
-        features=inputs.features if weights_only else inputs.features.to(dtype),
-        query_tokens=queries.detach().to(dtype).requires_grad_(queries.requires_grad),
-    )
 
 
 def _cast(model: nn.ModuleDict, dtype: torch.dtype) -> nn.ModuleDict:
