@@ -17,7 +17,8 @@ from typing import Any
 from PIL import Image
 
 from samtrain.core.errors import DataError
-from samtrain.data.mini import parallel, sources
+from samtrain.data import parallel
+from samtrain.data.mini import sources
 from samtrain.data.mini.vocabulary import KINDS, slug
 
 RENDER_SIZE = 128

@@ -23,8 +23,9 @@ from typing import Any
 
 from samtrain.core.errors import DataError
 from samtrain.core.files import atomic_write, atomic_write_json
+from samtrain.data import parallel
 from samtrain.data.index import ShardIndex
-from samtrain.data.mini import parallel, sources
+from samtrain.data.mini import sources
 from samtrain.data.mini.art import Progress, render_stock
 from samtrain.data.mini.catalog import HELD_OUT_STYLES, TRAIN_STYLES
 from samtrain.data.mini.plans import SPLITS

@@ -2,14 +2,16 @@
 
 import json
 import shutil
+from functools import partial
 from pathlib import Path
 
 import pytest
 import webdataset
 
 from samtrain.core.errors import DataError
+from samtrain.data import parallel
 from samtrain.data.index import ShardIndex
-from samtrain.data.mini import build_mini, contact_sheet, parallel, sources
+from samtrain.data.mini import build_mini, contact_sheet, sources
 from samtrain.data.mini.build import REPORT_FILE
 from samtrain.data.options import MiniOptions
 
@@ -36,7 +38,7 @@ def test_a_second_build_without_npm_gives_the_same_bytes(
 def test_the_bytes_do_not_depend_on_the_number_of_processes(
     built: Path, cache: Path, options: MiniOptions, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(parallel, "_WORTH_A_POOL", 1)
+    monkeypatch.setattr(parallel, "ordered_map", partial(parallel.ordered_map, worth_a_pool=1))
     monkeypatch.setattr(parallel, "available_cores", lambda: 2)
     build_mini(tmp_path / "pool", options, cache=cache)
     assert _digests(tmp_path / "pool") == _digests(built)

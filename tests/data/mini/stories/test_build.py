@@ -3,6 +3,7 @@
 import io
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,9 @@ from PIL import Image
 from samtrain.core.errors import ConfigError, DataError
 from samtrain.core.options import parse_options
 from samtrain.core.sample import SampleRecord
+from samtrain.data import parallel
 from samtrain.data.index import ShardIndex
-from samtrain.data.mini import build_mini, contact_sheet, parallel, sources
+from samtrain.data.mini import build_mini, contact_sheet, sources
 from samtrain.data.mini.build import REPORT_FILE
 from samtrain.data.mini.stories import STORY_SPLITS, installed
 from samtrain.data.options import MiniOptions
@@ -120,7 +122,7 @@ def test_bytes_depend_on_the_seed_and_not_on_processes(
         assert digests(tmp_path / "other")[split] != digests(folder)[split]
     answers = [sorted(one.output for one in records(path / "train_story")) for path in (folder, tmp_path / "other")]
     assert answers[0] == answers[1]
-    monkeypatch.setattr(parallel, "_WORTH_A_POOL", 1)
+    monkeypatch.setattr(parallel, "ordered_map", partial(parallel.ordered_map, worth_a_pool=1))
     monkeypatch.setattr(parallel, "available_cores", lambda: 2)
     build_mini(tmp_path / "pool", told(game), cache=cache)
     assert digests(tmp_path / "pool") == digests(folder)
