@@ -13,6 +13,7 @@ from samtrain.core.errors import DataError
 def register(app: typer.Typer) -> None:
     """Add the commands to `samtrain data`."""
     app.command("lint")(lint_command)
+    app.command("ledger")(ledger_command)
 
 
 def lint_command(
@@ -57,6 +58,28 @@ def lint_command(
     if report is not None:
         _writing(report, lambda: atomic_write_json(report, written))
     raise typer.Exit(0 if found.is_clean else 1)
+
+
+def ledger_command(
+    a: Annotated[Path, typer.Argument(help="a run's output_dir, or its ledger.jsonl")],
+    b: Annotated[Path, typer.Argument(help="another's")],
+    report: Annotated[Path | None, typer.Option("--json", help="write the comparison here")] = None,
+    num_keys: Annotated[int, typer.Option(min=1, help="keys shown of the step that differs")] = 10,
+) -> None:
+    """Compare what two runs trained on. Exit status: 0 equal, 1 different, 2 a ledger cannot be used."""
+    from rich.console import Console
+
+    from samtrain.core.files import atomic_write_json
+    from samtrain.data.ledger_compare import compare_ledgers
+    from samtrain.data.ledger_table import ledger_tables
+
+    found = compare_ledgers(a, b)
+    console = Console()
+    for part in ledger_tables(found, num_keys=num_keys):
+        console.print(part)
+    if report is not None:
+        _writing(report, lambda: atomic_write_json(report, found.to_dict()))
+    raise typer.Exit(0 if found.is_equal else 1)
 
 
 def _fixed(fixed: dict[str, object]) -> str:

@@ -15,7 +15,7 @@ from typing import Any, BinaryIO
 
 from samtrain.core.errors import CheckpointError
 
-_START = hashlib.blake2b(b"samtrain ledger 1", digest_size=16).hexdigest()
+START_DIGEST = hashlib.blake2b(b"samtrain ledger 1", digest_size=16).hexdigest()
 _WAY_OUT = "restore the ledger that belongs to the checkpoint, or start a new run in another output_dir"
 
 
@@ -43,9 +43,12 @@ class Ledger:
             raise CheckpointError(f"{path}: missing; {_WAY_OUT}")
         stream = open(path, "r+b" if path.exists() else "w+b")  # noqa: SIM115 (closed by close)
         try:
-            digest = _START
+            digest = START_DIGEST
             for step in range(1, (resume_step or 0) + 1):
-                digest = _verified(stream.readline(), digest, step=step, path=path)
+                try:
+                    _, digest = read_line(stream.readline(), digest, step=step)
+                except ValueError as error:
+                    raise CheckpointError(f"{path}: {error}; {_WAY_OUT}") from None
             stream.truncate(stream.tell())
         except BaseException:
             stream.close()
@@ -104,16 +107,23 @@ def _advance(digest: str, step: int, used: Sequence[str], skipped: Mapping[str, 
     return hashlib.blake2b(content.encode(), digest_size=16).hexdigest()
 
 
-def _verified(line: bytes, digest: str, *, step: int, path: Path) -> str:
-    """The digest after a stored line, which must be that of `step`."""
+def read_line(line: bytes, digest: str, *, step: int) -> tuple[dict[str, Any], str]:
+    """The values of a stored line, which must be that of `step`, and the digest after it.
+
+    Args:
+        digest: before it.
+
+    Raises:
+        ValueError: it is another step's, torn, or edited.
+    """
     try:
         if not line.endswith(b"\n"):
             raise ValueError("the file ends here")
-        values: Any = json.loads(line)
+        values: dict[str, Any] = json.loads(line)
         found = (values["step"], values["digest"])
         expected = (step, _advance(digest, step, values["keys"], values["skipped"]))
     except (ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{path}: the line of step {step} is missing or torn ({error!r}); {_WAY_OUT}") from None
+        raise ValueError(f"the line of step {step} is missing or torn ({error!r})") from None
     if found != expected:
-        raise CheckpointError(f"{path}: step {step}: step and hash {found}, expected {expected}; {_WAY_OUT}")
-    return expected[1]
+        raise ValueError(f"step {step}: step and hash {found}, expected {expected}")
+    return values, expected[1]
