@@ -1,7 +1,7 @@
 # make train   install what is missing, then train recipes/mini.yaml on this machine
 # make test    install test tools too, run all tests        make check   style, types, import directions
 # make ui      look at the runs in a browser                make install the environment alone
-# make clean   remove the environment and caches; runs/ and data/ stay
+# make bench   the kernels' tables (times with a GPU alone)     make clean   remove environment and caches, keep runs/, data/
 #
 # Needs Python 3.11 or later (PYTHON=python3.12 chooses another) and a C compiler. PIP_ARGS goes to every pip install,
 # e.g. an index that serves a CPU build of torch, where the default one serves the CUDA build.
@@ -10,7 +10,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help train test check ui install clean
+.PHONY: help train test check bench ui install clean
 
 PYTHON ?= python3
 PIP_ARGS ?=
@@ -48,6 +48,9 @@ check: $(INSTALLED_DEV)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/python -m pytest -q tests/architecture
+
+bench: $(INSTALLED_DEV)
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m benchmarks.kernels $(ARGS)
 
 ui: $(INSTALLED)
 	@test -f runs/mlflow.db || { echo "runs/mlflow.db is not there yet: make train makes it" >&2; exit 1; }
