@@ -1,0 +1,1 @@
+"""Foreign formats to shards and back: `samtrain data convert`."""
