@@ -3,6 +3,7 @@
 import contextlib
 import multiprocessing
 import os
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
@@ -127,7 +128,9 @@ def check_on_cpu(
                 continue
             run = replace(implementation, compiled=False).build(level)
             backward = not implementation.without_backward_on_cpu
-            verdict = gate.judge(implementation, run, full=True, backward=backward)
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", message="flex_attention called without torch.compile")
+                verdict = gate.judge(implementation, run, full=True, backward=backward)
             why = verdict.why if backward else "output alone: no backward pass on a CPU"
             verdicts[key] = {"match": verdict.match, "why": why, "errors": dict(verdict.errors)}
     say(f"correctness in float32 on toy widths: {sum(v['match'] == 'ok' for v in verdicts.values())} rows ok")
