@@ -100,7 +100,7 @@ class _Run:
         self.is_main = self.rank == 0
         self.output_dir = Path(recipe.output_dir)
         self.processor = build_processor(recipe.model, image_size=recipe.data.image_size)
-        self.index = ShardIndex.load(Path(recipe.data.path) / recipe.data.train_split)
+        self.index = self._load_split(recipe.data.train_split)
         self.tracker: Tracker = NullTracker()
         self.started = time.time()
 
@@ -125,6 +125,11 @@ class _Run:
             return self._finish(state, result, trained_seconds=trained_seconds)
 
     # Before training.
+
+    def _load_split(self, split: str) -> ShardIndex:
+        """A new run wants every shard; one that is restarted goes on without those that broke meanwhile."""
+        restarts = find_resume(self.output_dir, self.recipe.train.resume_from_checkpoint) is not None
+        return ShardIndex.load(Path(self.recipe.data.path) / split, tolerate_broken_shards=restarts)
 
     def _build_engine(self) -> zero.Engine:
         recipe = self.recipe
@@ -254,7 +259,7 @@ class _Run:
         recipe = self.recipe
         if recipe.data.validation_split is None:
             return None
-        index = ShardIndex.load(Path(recipe.data.path) / recipe.data.validation_split)
+        index = self._load_split(recipe.data.validation_split)
 
         def validate(watchdog: Watchdog) -> dict[str, float]:
             steps = evaluation_steps(
@@ -374,7 +379,7 @@ class _WriteLedger(Callback):
     def on_step_end(
         self, state: TrainState, step: GlobalStep, metrics: dict[str, float], skipped: dict[str, str]
     ) -> None:
-        self.ledger.record(state.global_step, step.keys, skipped)
+        self.ledger.record(state.global_step, step.keys, skipped, quarantined=step.quarantined)
 
     def on_save(self, state: TrainState, path: Path) -> None:
         self.ledger.sync()

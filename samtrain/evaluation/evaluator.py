@@ -6,8 +6,9 @@ ranks, so the same answers come out for any number of ranks, and up to rounding 
 the splits' own order, on every rank.
 """
 
+import contextlib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -145,8 +146,15 @@ def _majority(train: ShardIndex | None) -> dict[str, str]:
     """Task -> most frequent training answer; rank 0 reads the records for all."""
     found = None
     if train is not None and is_main_process():
-        found = majority_answers(train.read_record(i) for i in range(len(train)))
+        found = majority_answers(_readable(train))
     return broadcast_object(found) or {}
+
+
+def _readable(train: ShardIndex) -> Iterator[SampleRecord]:
+    """Records of the training set; those that cannot be read were skipped in training too, and named there."""
+    for i in range(len(train)):
+        with contextlib.suppress(DataError):
+            yield train.read_record(i)
 
 
 def _examples(
