@@ -1,7 +1,8 @@
 """What the compiler makes of every kernel setting, without a GPU: registers, spills, shared memory, tensor cores.
 
     python -m benchmarks.aot             every shipped setting, for the chip its file is for
-    python -m benchmarks.aot --search    and every candidate of the tuner, for each chip: which ones to prune
+    python -m benchmarks.aot --search    and every setting the tuner may try, for each chip
+    ... --search --grid context_forward  and the grid it was chosen from: which candidates are pruned, and why
 
 Writes benchmarks/results/aot.json and aot.txt; exit code 1 when a shipped setting, or one of the tuner's search space,
 must not be used. These are facts about machine code. None of them is a speed, and none says that a GPU ran it.
@@ -25,7 +26,6 @@ from samtrain_kernels.settings import (
     DEFAULT_CAPABILITIES,
     DTYPES,
     PATCH_KERNELS,
-    SEARCH_SPACE,
     SEARCH_SPACES,
     KernelSetting,
     PatchSetting,
@@ -64,8 +64,8 @@ def shipped_jobs() -> list[Job]:
     return list(dict.fromkeys(jobs))
 
 
-def candidate_jobs() -> list[Job]:
-    """The full grid that the search space was chosen from, and the search space, in bfloat16 for each chip.
+def candidate_jobs(grids: Sequence[str]) -> list[Job]:
+    """The search space, and for the kernels named in `grids` the grid it was chosen from, in bfloat16.
 
     All variants of what is in the search space; of the rest the first, which is enough to see a spill.
     """
@@ -79,13 +79,13 @@ def candidate_jobs() -> list[Job]:
             all_variants=setting in SEARCH_SPACES[capability][kernel],
         )
         for kernel in KERNELS
-        for setting in dict.fromkeys([*_grid(kernel), *SEARCH_SPACE[kernel]])
         for capability in DEFAULT_CAPABILITIES
+        for setting in dict.fromkeys([*SEARCH_SPACES[capability][kernel], *(_grid(kernel) if kernel in grids else [])])
     ]
 
 
 def _grid(kernel: str) -> Iterable[KernelSetting | PatchSetting]:
-    """Two stages throughout: a third needs more of everything, so what spills with two is out."""
+    """Two stages throughout, which keeps the table short; the search space adds a few others."""
     if kernel in PATCH_KERNELS:
         return [PatchSetting(rows, columns, 4, 2) for rows in (4, 8, 16, 32) for columns in (128, 256, 512)]
     contexts = (1,) if kernel == "context_kv_grad" else (1, 2, 4)
@@ -179,7 +179,8 @@ def header() -> dict[str, Any]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.aot", description=__doc__.splitlines()[0])
-    parser.add_argument("--search", action="store_true", help="compile every candidate of the tuner too")
+    parser.add_argument("--search", action="store_true", help="compile every setting the tuner may try too")
+    parser.add_argument("--grid", nargs="+", choices=KERNELS, default=[], help="with --search: kernels to compile wide")
     parser.add_argument("--processes", type=int, default=1, help="compilers at once (default: 1)")
     parser.add_argument("--output", type=Path, default=RESULTS, help="folder of aot.json and aot.txt")
     options = parser.parse_args(arguments)
@@ -187,7 +188,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     result = header()
     result["shipped"] = compile_all(shipped_jobs(), processes=options.processes)
     if options.search:
-        result["search"] = compile_all(candidate_jobs(), processes=options.processes)
+        result["search"] = compile_all(candidate_jobs(options.grid), processes=options.processes)
     else:
         result["search"] = _kept_search(options.output / "aot.json", result)
 

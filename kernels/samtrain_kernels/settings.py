@@ -89,8 +89,16 @@ def _context_space(*rows: tuple[int, int, int, int]) -> tuple[KernelSetting, ...
 # What a tuner may try on each chip, for head widths up to 64 in 16 bits. A setting that spills registers in any variant
 # of its kernel is not here: `python -m benchmarks.aot --search` shows which do, benchmarks/results/aot.txt keeps it.
 _PATCH_SPACE: dict[str, tuple[PatchSetting, ...]] = {
-    "patch_logits": tuple(PatchSetting(r, c, 4, s) for r in (4, 8, 16) for c in (128, 256) for s in (1, 2, 3)),
-    "patch_logits_grad": tuple(PatchSetting(r, c, 4, s) for r in (8, 16, 32) for c in (128, 256) for s in (1, 2, 3)),
+    "patch_logits": (
+        *(PatchSetting(rows, columns, 4, 2) for rows in (4, 8, 16) for columns in (128, 256)),
+        PatchSetting(8, 256, 4, 3),
+        PatchSetting(16, 256, 4, 3),
+    ),
+    "patch_logits_grad": (
+        *(PatchSetting(rows, columns, 4, 2) for rows in (8, 16, 32) for columns in (128, 256)),
+        PatchSetting(16, 128, 4, 3),
+        PatchSetting(32, 128, 4, 3),
+    ),
 }
 
 SEARCH_SPACES: Mapping[tuple[int, int], Mapping[str, tuple[KernelSetting | PatchSetting, ...]]] = {
