@@ -27,13 +27,14 @@ from samtrain.data.shards import ShardWriter
 
 Progress = Callable[[str, int, int], None]
 REPORT_SUFFIX = ".convert.json"
+MAX_META_BYTES = 1_000_000  # of what a record holds besides its texts
 
 
 def convert(options: ConvertOptions, *, progress: Progress = lambda what, done, total: None) -> Report:
     """Convert `options.source` to `options.output`.
 
     Args:
-        progress: called as progress(what, done, total), a hundred times a split or so.
+        progress: called as progress(what, hundredths done, 100), for each split.
 
     Returns:
         The report, as it was written beside the output (`<output>.convert.json`, unless the options name a place).
@@ -195,7 +196,8 @@ class _Import:
         try:
             names = [one for one in draft.images if isinstance(one, str)]
             rest = json.dumps([draft.row, draft.carried, names], allow_nan=False, ensure_ascii=False)
-            sizes = [len(text.encode()) for text in (draft.instruction, draft.output, rest)]
+            sizes = [len(text.encode()) for text in (draft.instruction, draft.output)]
+            rest_size = len(rest.encode())
         except UnicodeEncodeError as error:
             raise DataError(
                 f"holds half of a surrogate pair, {error.object[error.start]!r}, which is no text"
@@ -204,6 +206,8 @@ class _Import:
             raise DataError("holds a number that is none (NaN or infinite)") from None
         if max(sizes) > options.max_text_bytes:
             raise DataError(f"has a text of {max(sizes)} bytes, more than {options.max_text_bytes}")
+        if rest_size > MAX_META_BYTES:
+            raise DataError(f"has {rest_size} bytes besides its texts, more than {MAX_META_BYTES}")
 
 
 @contextmanager
@@ -232,6 +236,6 @@ def _thinned(progress: Progress, what: str) -> Callable[[int, int], None]:
         hundredth = 100 * done // max(total, 1)
         if hundredth != shown:
             shown = hundredth
-            progress(what, done, total)
+            progress(f"{what}, %", hundredth, 100)
 
     return tick

@@ -50,10 +50,11 @@ class ImageFolder:
             raise DataError(f"image {name!r} is not there") from None
         except OSError as error:
             raise DataError(f"image {name!r} cannot be opened: {error.strerror}") from None
+        status = os.fstat(descriptor)
+        if not stat.S_ISREG(status.st_mode):
+            os.close(descriptor)
+            raise DataError(f"image {name!r} is not a plain file")
         with open(descriptor, "rb") as stream:
-            status = os.fstat(descriptor)
-            if not stat.S_ISREG(status.st_mode):
-                raise DataError(f"image {name!r} is not a plain file")
             if status.st_size > self.max_bytes:
                 raise DataError(f"image {name!r} has {status.st_size} bytes, more than {self.max_bytes}")
             data = stream.read(self.max_bytes + 1)

@@ -96,8 +96,8 @@ def groups(pictures: dict[str, list[str]], size: int, *, seed: int) -> list[list
 
 
 def _is_set(folder: Path) -> bool:
-    """Whether pictures lie two folders below: class and context."""
-    return any(
+    """Whether pictures lie two folders below, class and context, and no records that would speak of them."""
+    return not any(one for level in ("*.json*", "*/*.json*") for one in folder.glob(level)) and any(
         name.lower().endswith(SUFFIXES)
         for kind in _folders(folder)
         for context in _folders(kind)

@@ -14,6 +14,7 @@ class ConvertOptions(Options):
     split, task: names where the format has none of its own.
     layout: `prefix` leaves texts as they are; `interleaved` writes one `<image>` for each image.
     instructions: a JSON list of instructions, or a DEMON file that holds some, instead of the built-in ones.
+    limit: a split ends with the record that brings so many samples.
     max_bad_fraction: more broken records than this stop the conversion; nothing is written but the report.
     strict: the first broken record stops it.
     """
@@ -36,6 +37,6 @@ class ConvertOptions(Options):
     max_image_pixels: int = Field(default=64_000_000, ge=1)
     max_image_bytes: int = Field(default=64 * 1024**2, ge=1)
     max_images: int = Field(default=256, ge=1)
-    max_text_bytes: int = Field(default=1_000_000, ge=1)
+    max_text_bytes: int = Field(default=65536, ge=1)  # of instruction, of answer; as `samtrain data lint`
     max_samples_per_shard: int = Field(default=500, ge=1)
     max_shard_bytes: int = Field(default=512 * 1024**2, ge=1)

@@ -17,7 +17,7 @@ from typing import Any
 from samtrain.core.errors import DataError
 
 FIRST = 5  # shown on the terminal
-MIN_SEEN = 100  # before so many records, a share of them says little
+MIN_SEEN = 1000  # of so many records or fewer, the share is taken when all were seen
 
 
 @dataclass
