@@ -1,0 +1,35 @@
+"""Plates: photographs without the things that stand out in them, so that things can be put there. Once a photograph."""
+
+from dataclasses import dataclass
+
+import numpy as np
+from PIL import Image
+
+from samtrain.data.mmlink.fill.inpaint import Inpainter
+from samtrain.data.mmlink.optional import import_cv2
+from samtrain.data.mmlink.options import PlatesOptions
+from samtrain.data.mmlink.segment import Segmenter
+
+
+@dataclass(frozen=True)
+class Plate:
+    """removed: part of the picture that was inpainted; 0 where nothing was."""
+
+    image: Image.Image
+    removed: float
+
+
+def clean_plate(photograph: Image.Image, segmenter: Segmenter | None, options: PlatesOptions) -> Plate:
+    """Segment what stands out, and inpaint it; a picture of which most would go shows no thing, and stays."""
+    photograph = photograph.convert("RGB")
+    if segmenter is None or not options.remove:
+        return Plate(photograph, 0.0)
+    cv2 = import_cv2()
+    holes = (segmenter(photograph) > 0.5).astype(np.uint8)
+    size = 2 * options.grow + 1
+    grown = cv2.dilate(holes, cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (size, size))) > 0
+    removed = float(grown.mean())
+    if not 0 < removed <= options.max_removed:
+        return Plate(photograph, 0.0)
+    pixels = Inpainter(options.inpaint)(np.asarray(photograph), grown)
+    return Plate(Image.fromarray(pixels), removed)
