@@ -37,6 +37,22 @@ def poison(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 @pytest.fixture
+def quick_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Device functions of a kernel run without replacing all of triton.language again at each call, which the launch of
+    the kernel has done: a third of the time of kernels that call many."""
+    if os.environ.get("TRITON_INTERPRET") != "1":
+        return
+    interpreter = pytest.importorskip("triton.runtime.interpreter")
+    patched = interpreter.InterpretedFunction.__call__
+
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        is_triton = self.fn.__module__.startswith("triton.")
+        return patched(self, *args, **kwargs) if is_triton else self.rewrite()(*args, **kwargs)
+
+    monkeypatch.setattr(interpreter.InterpretedFunction, "__call__", call)
+
+
+@pytest.fixture
 def mutant(tmp_path: Path) -> Callable[..., ModuleType]:
     """A copy of a module with one piece of its text replaced: a planted bug that a test must see."""
 

@@ -3,7 +3,7 @@
 bfloat16 needs a GPU: the interpreter multiplies its bit patterns.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from types import ModuleType
@@ -20,28 +20,13 @@ from torch import Tensor
 
 from samtrain.core.batch import ImageGroups
 
+pytestmark = pytest.mark.usefixtures("quick_interpreter")
 kernels: ModuleType = pytest.importorskip("samtrain_kernels.context_attention.triton")
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 WRT = ("query", "key", "value", "weights")
 BIASES = ("key_bias", "value_bias")
 KINDS: Any = dict.fromkeys(("query", "key", "value"), "gradient") | dict.fromkeys(("weights", *BIASES), "mix_gradient")
-
-
-@pytest.fixture(autouse=True)
-def _patched_once(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """The interpreter replaces all of triton.language at each call of a device function, a third of these tests' time;
-    at the launch of the kernel it has done so already."""
-    if DEVICE == "cpu":
-        interpreter = pytest.importorskip("triton.runtime.interpreter")
-        patched = interpreter.InterpretedFunction.__call__
-
-        def call(self: Any, *args: Any, **kwargs: Any) -> Any:
-            is_ours = not self.fn.__module__.startswith("triton.")
-            return self.rewrite()(*args, **kwargs) if is_ours else patched(self, *args, **kwargs)
-
-        monkeypatch.setattr(interpreter.InterpretedFunction, "__call__", call)
-    yield
 
 
 def drawn(
