@@ -350,7 +350,7 @@ def test_progress_ends_at_a_hundred_for_each_split(aesop: Path, tmp_path: Path) 
 
 def test_the_command_line(run_cli: Any, tmp_path: Path, picture: Any, write_json: Write) -> None:
     folder = bad_set(tmp_path / "set", picture, write_json, num=100, bad={3, 4, 5})
-    status, out, _ = cli(
+    status, out, _ = run_cli(
         "convert", "annotations", folder, tmp_path / "out", "--max-bad-fraction", "0.05", "--task", "T"
     )
     assert status == 0
