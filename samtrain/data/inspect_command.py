@@ -13,6 +13,7 @@ from samtrain.core.errors import DataError
 def register(app: typer.Typer) -> None:
     """Add the commands to `samtrain data`."""
     app.command("lint")(lint_command)
+    app.command("show")(show_command)
     app.command("ledger")(ledger_command)
 
 
@@ -58,6 +59,27 @@ def lint_command(
     if report is not None:
         _writing(report, lambda: atomic_write_json(report, written))
     raise typer.Exit(0 if found.is_clean else 1)
+
+
+def show_command(
+    shards: Annotated[Path, typer.Argument(help="a folder of shards, or a data set with one folder for each split")],
+    key: Annotated[list[str] | None, typer.Option(help="the sample of this key; may be repeated")] = None,
+    random: Annotated[int | None, typer.Option(help="so many samples of all splits")] = None,
+    seed: Annotated[int, typer.Option(help="another seed, other samples")] = 0,
+    output: Annotated[Path, typer.Option("--output", "-o", help="the picture, PNG")] = Path("samples.png"),
+    boxes: Annotated[bool, typer.Option(help="outline the objects a set lists, as mmlink-mini does")] = False,
+) -> None:
+    """Write a picture of samples: their images in order, instruction and answer beneath."""
+    from samtrain.data.sheet import draw_samples, save_sheet
+    from samtrain.data.show import choose_keys, choose_random, load_indexes, shown
+
+    if bool(key) == (random is not None):
+        raise DataError("give either --key KEY (once or more) or --random N")
+    indexes = load_indexes(shards)
+    places = choose_keys(indexes, key) if key else choose_random(indexes, random or 0, seed=seed)
+    sheet = draw_samples(shown(places, boxes=boxes))
+    _writing(output, lambda: save_sheet(sheet, output))
+    print(f"wrote {output}: {', '.join(index.entries[i].key for index, i in places)}")
 
 
 def ledger_command(
