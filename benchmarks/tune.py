@@ -23,6 +23,7 @@ from samtrain_kernels.settings import (
     DTYPES,
     IMAGE_BUCKETS,
     SEARCH_SPACE,
+    SEARCH_SPACES,
     KernelSetting,
     PatchSetting,
     file_name,
@@ -186,18 +187,19 @@ def tune(
     device: torch.device,
     dtype: torch.dtype,
     timer: Any,
+    space: Mapping[str, Sequence[Setting]] = SEARCH_SPACE,
     kernels: Sequence[str] = tuple(SEARCH_SPACE),
     images: Mapping[str, int] = IMAGES,
     num_sets: int = 4,
     say: Callable[[str], None] = print,
 ) -> list[Candidate]:
-    """Check and time every setting of `kernels` for every bucket."""
+    """Check and time every setting of `space` for `kernels` and every bucket."""
     found: list[Candidate] = []
     for kernel in kernels:
         is_context = kernel in CONTEXT_KERNELS
         for bucket, n in images.items() if is_context else [("any", max(images.values()))]:
             sized = replace(shape, counts=(n,) * shape.groups)
-            candidates = [Candidate(kernel, bucket, setting) for setting in SEARCH_SPACE[kernel]]
+            candidates = [Candidate(kernel, bucket, setting) for setting in space[kernel]]
             modes = MODES if is_context else MODES[:1]
             problems = [
                 problem(
@@ -215,6 +217,12 @@ def tune(
             found += candidates
             say(_line(candidates))
     return found
+
+
+def search_space(capability: tuple[int, int]) -> Mapping[str, Sequence[Setting]]:
+    """What may be tried on a chip: settings that the compiler did not spill on it, or on the nearest older one."""
+    known = [c for c in SEARCH_SPACES if c <= capability]
+    return SEARCH_SPACES[max(known)] if known else SEARCH_SPACE
 
 
 def small_of(shape: Shape) -> Shape:
@@ -299,11 +307,16 @@ def main(
     print("\n".join(machine.headline(header)))
     kernels = tuple(kernel or SEARCH_SPACE)
     shape = SHAPES["A"]
-    found = tune(shape=shape, device=device, dtype=DTYPES[dtype], timer=measure.EventTimer(), kernels=kernels)
+    capability = torch.cuda.get_device_capability(device)
+    found = tune(
+        shape=shape, device=device, dtype=DTYPES[dtype], timer=measure.EventTimer(), kernels=kernels,
+        space=search_space(capability),
+    )  # fmt: skip
     results = RESULTS / f"tune-{file_name(header['gpu'])}"
     results.parent.mkdir(exist_ok=True)
     results.write_text(json.dumps({"header": header, "candidates": [asdict(c) for c in found]}, indent=1) + "\n")
     measured = {key: header[key] for key in ("gpu", "commit", "versions", "smi", "cuda")}
+    measured["capability"] = list(capability)
     folder = out or Path(samtrain_kernels.__path__[0])
     for path in write(
         winners(found), folder, gpu=header["gpu"], dtype=dtype, head_dim=shape.head_dim, measured=measured

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from samtrain_kernels import settings
-from samtrain_kernels.settings import SEARCH_SPACE, KernelSetting, PatchSetting
+from samtrain_kernels.settings import SEARCH_SPACE, SEARCH_SPACES, KernelSetting, PatchSetting
 from typer.testing import CliRunner
 
 from benchmarks import tune
@@ -33,11 +33,10 @@ class Clock:
         return float(end - start)
 
 
-def tuned(monkeypatch: pytest.MonkeyPatch, kernel: str, space: tuple[Any, ...]) -> list[Candidate]:
-    monkeypatch.setitem(SEARCH_SPACE, kernel, space)  # type: ignore[arg-type]
+def tuned(kernel: str, space: tuple[Any, ...]) -> list[Candidate]:
     return tune.tune(
         shape=SHAPE, device=CPU, dtype=torch.float32, timer=Clock(), kernels=(kernel,), images={"1-2": 2},
-        num_sets=1, say=lambda line: None,
+        num_sets=1, say=lambda line: None, space={kernel: space},
     )  # fmt: skip
 
 
@@ -45,15 +44,15 @@ def tuned(monkeypatch: pytest.MonkeyPatch, kernel: str, space: tuple[Any, ...]) 
 def test_settings_of_context_kernels_are_checked_and_timed(monkeypatch: pytest.MonkeyPatch, kernel: str) -> None:
     if kernel != "context_forward":  # one mode is enough to see the tuner work, and the interpreter is slow
         monkeypatch.setattr(tune, "MODES", tune.MODES[:1])
-    found = tuned(monkeypatch, kernel, (KernelSetting(2 if kernel == "context_forward" else 1, 16, 4, 2),))
+    found = tuned(kernel, (KernelSetting(2 if kernel == "context_forward" else 1, 16, 4, 2),))
     assert [(c.why, c.images) for c in found] == [("", "1-2")]
     assert all(c.milliseconds is not None and c.errors for c in found)
     assert tune.winners(found) == [min(found, key=lambda c: c.milliseconds or 0.0)]
 
 
 @pytest.mark.parametrize("kernel", ["patch_logits", "patch_logits_grad"])
-def test_settings_of_patch_kernels_are_checked_and_timed(monkeypatch: pytest.MonkeyPatch, kernel: str) -> None:
-    found = tuned(monkeypatch, kernel, (PatchSetting(4, 16, 4, 1),))
+def test_settings_of_patch_kernels_are_checked_and_timed(kernel: str) -> None:
+    found = tuned(kernel, (PatchSetting(4, 16, 4, 1),))
     assert [(c.why, c.images) for c in found] == [("", "any")] and found[0].milliseconds is not None
 
 
@@ -82,7 +81,7 @@ def test_the_written_files_are_read_by_the_kernels(tmp_path: Path) -> None:
         Candidate("context_forward", "7+", KernelSetting(1, 64, 4, 2), milliseconds=1.0),
         Candidate("patch_logits", "any", PatchSetting(8, 256, 4, 2), milliseconds=1.0),
     ]
-    measured = {"gpu": "NVIDIA H200", "commit": "abc"}
+    measured = {"gpu": "NVIDIA H200", "commit": "abc", "capability": [9, 0]}
     paths = tune.write(best, tmp_path, gpu="NVIDIA H200", dtype="bfloat16", head_dim=64, measured=measured)
     assert [str(p.relative_to(tmp_path)) for p in paths] == [
         "context_attention/configs/nvidia_h200.json", "image_mix/configs/nvidia_h200.json",
@@ -90,6 +89,11 @@ def test_the_written_files_are_read_by_the_kernels(tmp_path: Path) -> None:
     rows = settings.load(paths[0])
     assert [(row.images, row.setting) for row in rows] == [(c.images, c.setting) for c in best[:2]]
     assert json.loads(paths[1].read_text())["measured"]["commit"] == "abc"
+
+
+def test_a_chip_tries_what_its_compiler_did_not_spill() -> None:
+    assert tune.search_space((9, 0)) == SEARCH_SPACES[9, 0] and tune.search_space((8, 6)) == SEARCH_SPACES[8, 0]
+    assert tune.search_space((12, 0)) == SEARCH_SPACES[max(SEARCH_SPACES)] and tune.search_space((7, 5)) == SEARCH_SPACE
 
 
 def test_every_bucket_of_images_is_tuned() -> None:
