@@ -161,6 +161,23 @@ def table(rows: Sequence[dict[str, Any]], *, is_search: bool) -> str:
     )
 
 
+def report(result: dict[str, Any]) -> str:
+    return "\n".join(
+        [
+            "Kernels compiled ahead of time. No GPU has run any of it; nothing here is a speed.",
+            f"triton {result['triton']}, torch {result['torch']}, commit {result['commit'][:12]}"
+            + (" with changes to kernels/" if result["kernels_changed_since_commit"] else ""),
+            "",
+            "Shipped settings",
+            table(result["shipped"], is_search=False),
+            "",
+            "Candidates of the tuner (bfloat16)",
+            table(result["search"], is_search=True) if result["search"] else "not compiled: run with --search",
+            "",
+        ]
+    )
+
+
 def header() -> dict[str, Any]:
     """What the figures belong to."""
     commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False)
@@ -192,20 +209,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     else:
         result["search"] = _kept_search(options.output / "aot.json", result)
 
-    text = "\n".join(
-        [
-            "Kernels compiled ahead of time. No GPU has run any of it; nothing here is a speed.",
-            f"triton {result['triton']}, torch {result['torch']}, commit {result['commit'][:12]}"
-            + (" with changes to kernels/" if result["kernels_changed_since_commit"] else ""),
-            "",
-            "Shipped settings",
-            table(result["shipped"], is_search=False),
-            "",
-            "Candidates of the tuner (bfloat16)",
-            table(result["search"], is_search=True) if result["search"] else "not compiled: run with --search",
-            "",
-        ]
-    )
+    text = report(result)
     options.output.mkdir(parents=True, exist_ok=True)
     (options.output / "aot.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     (options.output / "aot.txt").write_text(text, encoding="utf-8")
