@@ -6,7 +6,8 @@ The drawings, their names and kinds are mmlink-mini's.
 import zipfile
 from pathlib import Path
 
-from samtrain.data.mini import parallel, sources
+from samtrain.data import parallel
+from samtrain.data.mini import sources
 from samtrain.data.mini.art import Stock, render_stock
 from samtrain.data.mini.catalog import build_catalog
 from samtrain.data.mini.vocabulary import is_plural, phrase, slug
