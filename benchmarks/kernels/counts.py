@@ -156,7 +156,9 @@ def _ours_flops(query: Tensor, key: Tensor, *_: Any, **__: Any) -> float:
     return 4.0 * rows * queries * key.shape[1] * heads * head_dim
 
 
-def _ours_backward_flops(gradient: Tensor, query: Tensor, key: Tensor, *_: Any, **__: Any) -> float:
+def _ours_backward_flops(
+    gradient: Tensor, output: Tensor, lse: Tensor, query: Tensor, key: Tensor, *_: Any, **__: Any
+) -> float:
     return 2.5 * _ours_flops(query, key)
 
 

@@ -241,7 +241,9 @@ def _label(row: dict[str, Any], table: Table, best: dict[str, float]) -> str:
 
 
 def _note(row: dict[str, Any], table: Table, best: dict[str, float]) -> str:
-    return "; ".join(str(row[key]) for key in ("config", "attention", "why") if row.get(key))
+    attention = row.get("attention", ())
+    names = attention if isinstance(attention, str) else ", ".join(attention)
+    return "; ".join(text for text in (row.get("config"), names, row.get("why")) if text)
 
 
 GPU_COLUMNS: tuple[tuple[str, Cell], ...] = (

@@ -29,6 +29,8 @@ def test_ours_has_no_second_projection_and_keeps_no_contextual_keys() -> None:
     ours, library = (count(case, IMPLEMENTATIONS[name]) for name in ("ours", "sdpa"))
     least = floors.cross(A, "others", "fused", trained=False, direction="forward")
     assert ours.flops_forward == pytest.approx(least.flops, rel=1e-9)
+    frozen = floors.cross(A, "others", "fused", trained=False, direction="backward")
+    assert ours.flops_backward == pytest.approx(frozen.flops, rel=1e-9)
     # The images' keys and values, once, and outputs; the library keeps those of the contexts.
     assert ours.saved < 1.2 * floors.key_value_bytes(A, A.images)
     assert library.flops_forward / ours.flops_forward > 1.9
