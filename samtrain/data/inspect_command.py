@@ -13,6 +13,7 @@ from samtrain.core.errors import DataError
 def register(app: typer.Typer) -> None:
     """Add the commands to `samtrain data`."""
     app.command("lint")(lint_command)
+    app.command("stats")(stats_command)
     app.command("show")(show_command)
     app.command("ledger")(ledger_command)
 
@@ -59,6 +60,30 @@ def lint_command(
     if report is not None:
         _writing(report, lambda: atomic_write_json(report, written))
     raise typer.Exit(0 if found.is_clean else 1)
+
+
+def stats_command(
+    shards: Annotated[Path, typer.Argument(help="a folder of shards, or a data set with one folder for each split")],
+    tokenizer: Annotated[str | None, typer.Option(help="count tokens: a folder or a hub name; else words")] = None,
+    report: Annotated[Path | None, typer.Option("--json", help="write all numbers here")] = None,
+    plot: Annotated[Path | None, typer.Option(help="write a figure here, PNG")] = None,
+) -> None:
+    """Images per sample, their sizes, lengths of texts: for each split and task, from the records."""
+    from rich.console import Console
+
+    from samtrain.core.files import atomic_write_json
+    from samtrain.data.stats import set_stats
+    from samtrain.data.stats_report import stats_figure, stats_table
+
+    with progress_bars() as progress:
+        stats = set_stats(shards, tokenizer=tokenizer, progress=progress)
+    Console().print(stats_table(stats))
+    if report is not None:
+        _writing(report, lambda: atomic_write_json(report, stats.to_dict()))
+    if plot is not None:
+        plot.parent.mkdir(parents=True, exist_ok=True)
+        _writing(plot, lambda: stats_figure(stats).savefig(plot, dpi=110, format="png"))
+        print(f"wrote {plot}")
 
 
 def show_command(
