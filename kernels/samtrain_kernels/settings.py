@@ -106,7 +106,7 @@ SEARCH_SPACES: Mapping[tuple[int, int], Mapping[str, tuple[KernelSetting | Patch
         "context_forward": _context_space(
             (1, 32, 4, 2), (1, 64, 4, 2), (1, 64, 8, 2), (2, 32, 8, 2), (2, 64, 8, 2),
         ),
-        "context_backward": _context_space((1, 32, 4, 2), (1, 64, 8, 2)),
+        "context_backward": _context_space((1, 32, 4, 2), (1, 32, 8, 2), (2, 32, 8, 2)),
         "context_kv_grad": _context_space((1, 32, 4, 2), (1, 64, 4, 2), (1, 64, 8, 2)),
         **_PATCH_SPACE,
     },

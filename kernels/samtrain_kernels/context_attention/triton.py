@@ -32,7 +32,7 @@ from torch import Tensor
 
 from samtrain_kernels.aot import AotCase
 from samtrain_kernels.context_attention.op import Tables
-from samtrain_kernels.context_attention.reference import LOG2E, AttentionInputs, sum_of_group
+from samtrain_kernels.context_attention.reference import LOG2E, AttentionInputs, Queries, sum_of_group
 from samtrain_kernels.settings import ContextKernel, KernelSetting, gpu_of, setting_for
 from samtrain_kernels.tables import Context
 
@@ -723,11 +723,15 @@ def _block_of(size: int) -> int:
 
 def aot_cases(kernel: ContextKernel, setting: KernelSetting, *, head_dim: int, dtype: torch.dtype) -> list[AotCase]:
     """The variants of a kernel at a setting, as real calls compile them: packed keys and values, 257 patches, 12 heads,
-    32 queries, 16 samples of 5 images. `all` is the stage where every image has its own queries."""
+    32 queries, 16 samples of 5 images. With `all`, images share the queries of their sample at first and have their own
+    later; shared ones are a block by themselves, whatever the setting says."""
     variants: dict[str, dict[str, Any]] = {"others": {}, "all": {"context": "all"}}
+    group = {"context": "all", "queries": "group"}
+    variants["all, queries of the sample"] = group
     if kernel != "context_kv_grad":
         variants["others, 576 patches"] = {"num_patches": 576}
         variants["others, biases"] = {"has_bias": True}
+        variants["all, queries of the sample, biases"] = group | {"has_bias": True}
     if kernel == "context_backward":
         variants["others, frozen keys and values"] = {"has_scratch": False}
     return [
@@ -743,6 +747,7 @@ def _meta_launch(
     dtype: torch.dtype,
     *,
     context: Context = "others",
+    queries: Queries = "image",
     num_patches: int = 257,
     has_bias: bool = False,
     has_scratch: bool = True,
@@ -760,18 +765,19 @@ def _meta_launch(
         meta(num_groups, num_slots, dtype=torch.bool),
         meta(num_groups + 1, dtype=torch.int32),
     )
-    rows = meta(num_images, num_queries, num_heads, head_dim)
+    num_sets = num_images if queries == "image" else num_groups
+    rows = meta(num_sets, num_queries, num_heads, head_dim)
     key, value = meta(num_images, num_patches, 2, num_heads, head_dim).unbind(2)
     contexts = num_images if context == "others" else num_groups
     weights = meta(contexts, num_slots, num_patches, dtype=torch.float32)
     bias = meta(num_images, num_heads, head_dim) if has_bias else None
-    x = AttentionInputs(rows, key, value, weights, bias, bias, tables, context, "image", head_dim**-0.5)
-    lse = meta(num_images, num_heads, num_queries, dtype=torch.float32)
+    x = AttentionInputs(rows, key, value, weights, bias, bias, tables, context, queries, head_dim**-0.5)
+    lse = meta(num_sets, num_heads, num_queries, dtype=torch.float32)
     if kernel == "context_forward":
         return _forward_launch(x, rows, lse, setting)
     scratch = _Scratch.of(x, setting) if has_scratch else None
     if kernel == "context_backward":
-        dw = meta(num_images, num_heads, num_slots, num_patches, dtype=torch.float32)
+        dw = meta(num_sets, num_heads, num_slots, num_patches, dtype=torch.float32)
         return _backward_launch(x, rows, rows, lse, rows, dw, scratch, setting)
     assert scratch is not None
     return _kv_grad_launch(x, rows, scratch, key, value, setting)
