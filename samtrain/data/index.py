@@ -21,6 +21,8 @@ INDEX_FILE = "index.json"
 SAMPLES_FILE = "index.jsonl"
 VERSION = 1
 MAX_OPEN_SHARDS = 256  # descriptors kept; shards beyond are opened for each read
+MAX_RECORD_BYTES = 16 * 1024**2  # more is no text anybody wrote, and fills the memory when it is parsed
+MAX_IMAGE_BYTES = 256 * 1024**2
 
 Extent = tuple[int, int]  # (offset, size) of a member's bytes in its tar
 
@@ -181,6 +183,7 @@ class ShardIndex:
         """
         entry = self.entries[i]
         where = f"{self.folder / self.shards[entry.shard]}: {entry.key}"
+        check_record_size(entry.record, where=where)
         record = SampleRecord.from_json(self._read(entry, entry.record), where=where)
         if record.key != entry.key or len(record.images) != entry.num_images:
             raise DataError(
@@ -198,6 +201,8 @@ class ShardIndex:
         entry = self.entries[i]
         images = []
         for reference, extent in zip(record.images, entry.images, strict=True):
+            if extent[1] > MAX_IMAGE_BYTES:
+                raise DataError(f"{reference.file}: {extent[1]} bytes, more than {MAX_IMAGE_BYTES} for an image")
             data = self._read(entry, extent)
             found = hashlib.sha256(data).hexdigest() if verify and reference.sha256 else reference.sha256
             if found != reference.sha256:
@@ -255,6 +260,16 @@ class ShardIndex:
             if is_kept:
                 self._open[shard] = descriptor
             return descriptor, is_kept
+
+
+def check_record_size(extent: Extent, *, where: str) -> None:
+    """Refuse a record that is too large to be parsed, before it is read.
+
+    Raises:
+        DataError: naming both sizes.
+    """
+    if extent[1] > MAX_RECORD_BYTES:
+        raise DataError(f"{where}: its record has {extent[1]} bytes, more than {MAX_RECORD_BYTES}; leave it out")
 
 
 def _check_shard(folder: Path, shard: dict[str, Any], number: int, *, rebuild: str) -> None:

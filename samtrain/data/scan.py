@@ -12,7 +12,7 @@ from typing import BinaryIO
 
 from samtrain.core.errors import DataError
 from samtrain.core.sample import SampleRecord
-from samtrain.data.index import Extent, SampleEntry
+from samtrain.data.index import Extent, SampleEntry, check_record_size
 
 # No dot: webdataset splits key and extension at the first one. No "..", no backslash, no absolute path.
 _KEY = re.compile(r"[A-Za-z0-9_-]+(/[A-Za-z0-9_-]+)*")
@@ -94,6 +94,7 @@ def _entry(path: Path, number: int, group: _Group, stream: BinaryIO) -> SampleEn
     if "json" not in group.members:
         raise DataError(f"{where}: has no member {group.key}.json; every sample needs its record")
     offset, size = group.members["json"]
+    check_record_size((offset, size), where=where)
     stream.seek(offset)
     record = SampleRecord.from_json(stream.read(size), where=where)
     if record.key != group.key:

@@ -22,9 +22,7 @@ _MAX_SIZES = 300  # bubbles
 def stats_table(stats: SetStats) -> Table:
     """A row for each split, and for each of its tasks where it has several."""
     unit = stats.unit
-    table = Table(
-        title=Text(f"{stats.path}"), title_justify="left", title_style="bold", box=SIMPLE_HEAD, pad_edge=False
-    )
+    table = Table(title=Text(f"{stats.path}"), title_justify="left", title_style="bold", box=SIMPLE_HEAD, padding=0)
     table.add_column("split, task", overflow="fold")
     for column in ("samples", "images", "per sample", "size, px", "instruction", "answer", unit):
         table.add_column(column, justify="right")

@@ -39,6 +39,7 @@ _FREE_KEYS = (
     "data.num_workers",
     "data.prefetch_steps",
     "data.max_bad_fraction",
+    "data.verify_hashes",
     "train.zero",
     "train.logging_steps",
     "train.eval_steps",

@@ -275,6 +275,8 @@ def _rank(rank, port, folder, changes, results):
     conftest = _load_conftest()
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     dist.init_process_group("gloo", rank=rank, world_size=2)
+    if changes.pop("as_on_gpus", False):  # where the default group is nccl, hosts talk in a group of their own
+        dist.get_backend = lambda *group: "nccl"
     index = ShardIndex.load(Path(folder) / f"copy{rank}", tolerate_broken_shards=True)
     values = {"image_size": 32, "max_tokens": 160, "max_images": 12, "num_workers": 2, "max_bad_fraction": 0.1}
     options = DataOptions(path=".", **(values | changes))
@@ -347,9 +349,10 @@ def two_ranks(hundred, tmp_path):
     return run
 
 
-def test_ranks_that_see_different_damage_agree_on_every_step(two_ranks, hundred, tmp_path):
+@pytest.mark.parametrize("as_on_gpus", [False, True])
+def test_ranks_that_see_different_damage_agree_on_every_step(two_ranks, hundred, tmp_path, as_on_gpus):
     cut(tmp_path / "copies" / "copy1" / "shard-000003.tar")
-    (one, error), (other, other_error) = two_ranks()
+    (one, error), (other, other_error) = two_ranks(as_on_gpus=as_on_gpus)
     assert error is other_error is None
     index = ShardIndex.load(hundred)
     for number, (a, b) in enumerate(zip(one, other, strict=True)):

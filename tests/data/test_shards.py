@@ -338,3 +338,14 @@ def test_many_threads_read_the_same_as_one_and_few_descriptors_stay_open(fifty, 
 def test_the_size_of_an_image_is_read_without_decoding_it(make_jpeg):
     whole = make_jpeg(1, width=300, height=200)
     assert sniff_image(whole[: len(whole) // 2], where="x") == ("jpg", 300, 200)
+
+
+def test_a_record_or_an_image_of_absurd_size_is_refused_before_it_is_read(write_set, monkeypatch):
+    index = ShardIndex.load(write_set("huge", [1, 1]))
+    monkeypatch.setattr(index_module, "MAX_IMAGE_BYTES", index.entries[0].images[0][1] - 1)
+    with pytest.raises(DataError, match=r"huge-0000\.0\.jpg: \d+ bytes, more than"):
+        index.read_sample(0)
+    monkeypatch.setattr(index_module, "MAX_RECORD_BYTES", index.entries[0].record[1] - 1)
+    for read in (lambda: index.read_record(0), lambda: build_index(index.folder)):
+        with pytest.raises(DataError, match=r"huge-0000: its record has .* leave it out"):
+            read()
