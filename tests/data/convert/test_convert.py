@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import struct
 import zlib
 from collections.abc import Callable
@@ -113,6 +114,7 @@ def test_half_a_surrogate_pair_is_listed_and_never_replaced(run: Run, tmp_path: 
     [
         ("../outside.jpg", "leads out of the image folder"),
         ("sub/../../outside.jpg", "leads out of the image folder"),
+        ("../set-beside/a.jpg", "leads out of the image folder"),
         ("{tmp}/outside.jpg", "leads out of the image folder"),
         ("link.jpg", "leads out of the image folder"),
         ("linked/outside.jpg", "leads out of the image folder"),
@@ -137,6 +139,7 @@ def test_images_that_are_not_taken(
 ) -> None:
     folder = tmp_path / "set"
     picture(tmp_path / "outside.jpg", 2)
+    picture(tmp_path / "set-beside" / "a.jpg", 2)
     (folder / "sub").mkdir(parents=True)
     (folder / "link.jpg").symlink_to(tmp_path / "outside.jpg")
     (folder / "linked").symlink_to(tmp_path, target_is_directory=True)
@@ -249,6 +252,21 @@ def test_an_error_of_the_machine_leaves_no_half_output(
     with pytest.raises(OSError, match="disk full"):
         run("annotations", annotations)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["sam"]
+
+
+def test_a_killed_conversion_leaves_no_output_and_can_be_done_again(
+    run: Run, annotations: Path, tmp_path: Path
+) -> None:
+    child = os.fork()
+    if child == 0:
+        options = convert_module.ConvertOptions(
+            format="annotations", source=str(annotations), output=str(tmp_path / "out"), max_samples_per_shard=1
+        )
+        convert_module.convert(options, progress=lambda what, done, total: os.kill(os.getpid(), signal.SIGKILL))
+        os._exit(0)
+    _, status = os.waitpid(child, 0)
+    assert os.WIFSIGNALED(status) and not (tmp_path / "out").exists() and not (tmp_path / "out.convert.json").exists()
+    assert run("annotations", annotations).total.samples == 7
 
 
 def test_a_second_split_that_fails_takes_the_first_with_it(run: Run, aesop: Path, tmp_path: Path) -> None:
