@@ -54,7 +54,7 @@ def convert(options: ConvertOptions, *, progress: Progress = lambda what, done, 
     facts = {
         "format": options.format,
         "to": options.to,
-        "options": options.model_dump(exclude={"source", "output", "report"}),
+        "options": options.model_dump(exclude={"format", "to", "source", "output", "report"}),
     }
     with (
         Report(path, facts, max_bad_fraction=options.max_bad_fraction, strict=options.strict) as report,
