@@ -32,17 +32,17 @@ SCENES = (
 # (instruction, answer). {pics}: "both pictures", "all three pictures". {a}/{A}: the thing with its article.
 # {s}: the verb's ending, {is}: is or are, {it}: it or they. {where}, {beside}: said picture by picture.
 _OBJECTS: tuple[tuple[str, str], ...] = (
-    ("Please describe the element that is visible in {pics}.", "The item in {pics} {is} {a}."),
-    ("Can you pinpoint the same object present in {pics}?", "Yes, it is {a}."),
+    ("Please describe the element that is visible in {pics}.", "The item in {pics} is {a}."),
+    ("Can you pinpoint the same object present in {pics}?", "Yes, {it} {is} {a}."),
     ("Which object appears in {pics}?", "{A} appear{s} in {pics}."),
     ("What do {pics} have in common?", "What {pics} have in common is {a}."),
     ("Identify the thing that {pics} share.", "They share {a}."),
     ("Name the one thing that keeps coming back.", "{A} keep{s} coming back."),
     ("Look at {pics}. What can be seen in each of them?", "{A} can be seen in each of them."),
-    ("One object is shown more than once, in different poses. Which one?", "It is {a}, shown in different poses."),
+    ("One object is shown more than once, in different poses. Which one?", "{It} {is} {a}, shown in different poses."),
     ("Which object do {pics} show, and what stands beside it?", "{Pics} show {a}: {beside}."),
     ("Find the shared object and say what accompanies it.", "The shared object is {a}; {it} {is} {beside}."),
-    ("Where is the object that {pics} have in common?", "It is {a}: {where}."),
+    ("Where is the object that {pics} have in common?", "{It} {is} {a}: {where}."),
     ("Tell me what is in {pics} and where it is in each.", "{A}: {where}."),
 )
 _ICONS: tuple[tuple[str, str], ...] = (
@@ -109,6 +109,7 @@ def _words(facts: Facts) -> dict[str, str]:
         "s": "" if facts.plural else "s",
         "is": "are" if facts.plural else "is",
         "it": "they" if facts.plural else "it",
+        "It": "They" if facts.plural else "It",
         "where": _by_picture(facts.places),
         "beside": _by_picture(tuple(f"beside {_listed(names)}" for names in facts.neighbours)),
     }
@@ -138,7 +139,9 @@ def _cover_text(facts: Facts, rng: np.random.Generator) -> Text:
 
 def _by_picture(parts: tuple[str, ...]) -> str:
     """ "at the top in the first picture, and at the left in the second"."""
-    if len(set(parts)) == 1 and parts:
+    if not parts:
+        return ""
+    if len(set(parts)) == 1:
         return f"{parts[0]} in {'both' if len(parts) == 2 else 'all'}"
     said = [f"{part} in the {_ORDINALS[i]}{' picture' if i == 0 else ''}" for i, part in enumerate(parts)]
     return said[0] if len(said) == 1 else f"{', '.join(said[:-1])}{',' if len(said) > 2 else ''} and {said[-1]}"
