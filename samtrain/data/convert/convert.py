@@ -171,7 +171,7 @@ class _Import:
     def _sample(self, draft: Draft, images: list[bytes], record: Record) -> dict[str, Any]:
         sample = {"instruction": draft.instruction, "output": draft.output, "images": images}
         if draft.carried is not None:
-            return sample | draft.carried
+            return sample | draft.carried | ({"task": self.options.task} if self.options.task else {})
         task = self.options.task or draft.task or self.source.task
         meta: dict[str, Any] = {"format": self.options.format, "row": draft.row}
         if any(isinstance(one, str) for one in draft.images):

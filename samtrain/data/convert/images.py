@@ -77,10 +77,10 @@ class ImageFolder:
         """
         if not re.fullmatch(r"[A-Za-z0-9_-]{1,100}", stem):
             raise DataError(f"image id {stem[:60]!r} is not one: letters and digits were expected")
-        names = [f"{folder}/{stem}{suffix}" for folder in folders for suffix in (*SUFFIXES, ".gif")]
-        for name in names:
-            if (self.root / name).exists():
-                return name
+        for folder in folders:
+            for suffix in (*SUFFIXES, ".JPG", ".JPEG", ".PNG", ".gif", ".GIF"):  # a GIF is found, and refused as one
+                if (self.root / folder / f"{stem}{suffix}").exists():
+                    return f"{folder}/{stem}{suffix}"
         raise DataError(f"image {stem!r} is not there")
 
     def _resolve(self, name: str) -> str:

@@ -143,7 +143,7 @@ def vist(tmp_path: Path, picture: Callable[..., bytes]) -> Path:
     order["val"] = [(3, j) for j in range(5)]
     for split, sentences in order.items():
         for story, j in sentences:
-            suffix = "png" if j == 2 else "jpg"
+            suffix = {2: "png", 3: "JPG"}.get(j, "jpg")
             picture(root / "images" / split / f"{story}{j}00.{suffix}", 100 * story + j)
         images = [
             {"id": f"{s}{j}00", "album_id": f"7215{s}", "url_o": "https://example.org/x.jpg"} for s, j in sentences

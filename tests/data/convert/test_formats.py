@@ -94,7 +94,7 @@ def test_vist_stories_are_gathered_sorted_and_asked_for_their_end(run: Run, vist
     assert first.instruction.endswith(f"{captions}{{image#5}}Caption#5:")
     assert first.instruction.removesuffix(f"{captions}{{image#5}}Caption#5:") in INSTRUCTIONS
     assert first.output == "Story 1 goes on, part 4."  # `original_text`, as DEMON's, not the tokenised `text`
-    files = [vist / "images" / "train" / f"1{j}00.{'png' if j == 2 else 'jpg'}" for j in range(5)]
+    files = [vist / "images" / "train" / f"1{j}00.{['jpg', 'jpg', 'png', 'JPG', 'jpg'][j]}" for j in range(5)]
     assert first_images == [file.read_bytes() for file in files]
     assert first.meta["row"] == {"story_id": "1", "album_id": "72151"}
     assert second.meta["row"]["story_id"] == "2"

@@ -197,6 +197,8 @@ def test_a_field_of_ours_that_somebody_changed_is_listed(
         row,
         row,
     ]
+    run("annotations", tmp_path / "there", "renamed", task="mine")
+    assert ShardIndex.load(tmp_path / "renamed" / "train").read_record(0).task == "mine"
     write_json(tmp_path / "there" / "annotations.json", changed)
     report = run("annotations", tmp_path / "there", "back", max_bad_fraction=1)
     reasons = [one["reason"] for one in json.loads(report.path.read_text())["listed"]]
