@@ -132,7 +132,7 @@ def ledger_command(
 def _fixed(fixed: dict[str, object]) -> str:
     return (
         f"clean set: {fixed['path']}: {fixed['samples']} samples; {fixed['left_out']} left out, "
-        f"{fixed['mended']} mended (left_out.jsonl lists them)"
+        f"{fixed['mended']} mended, {fixed['lost']} lost from the shards (left_out.jsonl lists them)"
     )
 
 

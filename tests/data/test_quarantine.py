@@ -12,11 +12,14 @@ import pytest
 
 from samtrain.core.batch import IN_QUARANTINE
 from samtrain.core.errors import DataError, TrainingError
+from samtrain.data.agree import AgreedStep, StepAccounts
 from samtrain.data.index import INDEX_FILE, ShardError, ShardIndex
 from samtrain.data.ledger import Ledger
 from samtrain.data.loader import TrainLoader, evaluation_steps
+from samtrain.data.order import Slot
 from samtrain.data.preflight import check_budgets, largest_pack, largest_sample
 from samtrain.data.quarantine import MIN_BAD
+from samtrain.data.step import StepBuilder
 
 BATCH = 10
 
@@ -242,7 +245,10 @@ def test_a_set_of_which_nothing_can_be_read_does_not_start(hundred, encoder, opt
 def test_an_io_error_is_a_shard_error_and_not_a_crash(hundred):
     index = ShardIndex.load(hundred)
     unreadable(hundred / index.shards[0])
-    with pytest.raises(ShardError, match=r"shard-000000\.tar") as caught:
+    index.shard_sizes[0] = (hundred / index.shards[0]).stat().st_size
+    with pytest.raises(
+        ShardError, match=r"shard-000000\.tar: hundred-0000: cannot be read: .*Is a directory"
+    ) as caught:
         index.read_record(0)
     assert caught.value.shard == 0
     delete(hundred / index.shards[1])
@@ -262,6 +268,18 @@ def test_the_ledger_names_a_quarantined_shard_where_it_was_found(tmp_path):
     assert ledger.digest == other.digest
     with Ledger.open(tmp_path / "a", resume_step=2) as resumed:
         assert resumed.digest == ledger.digest
+
+
+def test_a_shard_that_two_ranks_find_in_different_steps_is_named_once_and_known_to_all(hundred, encoder, options):
+    index = ShardIndex.load(hundred)
+    builder = StepBuilder(index, encoder, options, seed=0, rank=0, world_size=1, augment=False)
+    accounts = StepAccounts(builder, max_bad_fraction=None)
+    built = builder.build([Slot(0, 0)], cursor={})
+    named = [accounts.close(AgreedStep(built, {}, found)).quarantined for found in ({3: "cut"}, {3: "gone", 4: "cut"})]
+    assert named == [{"shard-000003.tar": "cut"}, {"shard-000004.tar": "cut"}]
+    assert list(builder.quarantine.reasons) == [3, 4]
+    again = builder.build([Slot(0, 16), Slot(0, 0)], cursor={})
+    assert list(again.unusable) == [0] and not again.quarantined
 
 
 # Two real processes, each with its own copy of the shards, as nodes with local disks have.

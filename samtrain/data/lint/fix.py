@@ -43,7 +43,8 @@ def write_clean(
     """Write the good samples of `report` to `output`, a folder like the one that was looked at.
 
     Returns:
-        {"path", "samples", "left_out", "mended", "splits": {name: samples}}.
+        {"path", "samples", "left_out", "mended", "lost", "splits": {name: samples}}. lost: samples the index lists
+        and the shards do not hold any more.
 
     Raises:
         DataError: the output is taken, no sample is good, the disk is full, or shards have changed since.
@@ -83,6 +84,7 @@ def write_clean(
         "samples": total,
         "left_out": sum(row["action"] == "left out" and bool(row["key"]) for row in left_out),
         "mended": sum(row["action"] == "mended" for row in left_out),
+        "lost": sum(row["action"] == "lost" for row in left_out),
         "splits": {name: len(samples) for name, samples in good.items()},
     }
 
@@ -98,8 +100,12 @@ def _check_disk(good: dict[str, list[CheckedSample]], output: Path) -> None:
 
 
 def _bad_rows(report: LintReport) -> Iterator[dict[str, Any]]:
-    """One row for each sample with a problem, and for what concerns no sample: members and whole shards."""
+    """One row for each sample with a problem or lost, and for what concerns no sample: members and whole shards."""
     for split in report.splits:
+        for name, keys in split.lost.items():
+            kind = "index-disagrees" if name in split.shards else "missing-shard"
+            for key in keys:
+                yield _row("lost", split, name, key, [(kind, "the index lists it, the shard does not hold it")])
         for name, shard in split.shards.items():
             for kind, reason in shard.problems:
                 yield _row("left out", split, name, "", [(kind, reason)])

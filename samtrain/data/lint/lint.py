@@ -26,12 +26,17 @@ REPORT_VERSION = 1
 
 @dataclass
 class SplitReport:
-    """One folder of shards. shards: name -> walked, in order. samples: in the shards' order."""
+    """One folder of shards.
+
+    shards: name -> walked, in order. samples: in the shards' order. lost: shard -> keys that the index lists and that
+    are not there.
+    """
 
     name: str
     folder: Path
     shards: dict[str, WalkedShard] = field(default_factory=dict)
     samples: list[CheckedSample] = field(default_factory=list)
+    lost: dict[str, list[str]] = field(default_factory=dict)
 
 
 @dataclass
@@ -71,6 +76,7 @@ class LintReport:
                 "samples": len(split.samples),
                 "good_samples": sum(self.is_good(sample) for sample in split.samples),
                 "images": sum(len(sample.images) for sample in split.samples),
+                "lost": split.lost,
             }
             for split in self.splits
         }
@@ -228,8 +234,12 @@ def _index_findings(split: SplitReport) -> Iterator[Finding]:
     for sample in split.samples:
         samples[sample.shard][sample.key] = sample
     for name in index.shards:
+        lost = [key for key in entries[name] if key not in samples.get(name, {})]
+        if lost:
+            split.lost[name] = lost
         if name not in split.shards:
-            yield Finding("missing-shard", split.name, name, "", "the index lists it, the folder does not have it")
+            reason = f"the index lists it with {len(lost)} samples, the folder does not have it"
+            yield Finding("missing-shard", split.name, name, "", reason)
             continue
         yield from _shard_against_index(split, name, listed[name])
         yield from _samples_against_index(split, name, entries[name], samples[name])

@@ -26,7 +26,9 @@ def lint_tables(report: LintReport, *, num_examples: int = NUM_EXAMPLES) -> Iter
             table.add_row(Text(finding.split), Text(finding.shard), Text(finding.key), Text(finding.reason))
         if count > len(examples):
             table.add_row("", "", "", f"and {count - len(examples)} more")
+        yield Text("")
         yield table
+    yield Text("")
     yield Text(verdict(report))
 
 

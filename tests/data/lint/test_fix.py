@@ -107,9 +107,12 @@ def test_everything_left_out_is_listed_with_its_reasons(damaged, tmp_path):
         "train-0012": "wrong-hash",
         "train-0025": "broken-record",
         "leaked": "duplicate-sample",
-    }
+    } | dict.fromkeys([f"train-{i:04d}" for i in range(26, 30)], "index-disagrees")
     assert [p["kind"] for p in by_key["train-0004"]["problems"]] == ["wrong-hash", "broken-image"]
-    assert {row["action"] for row in rows} == {"left out"} and written["left_out"] == 4
+    lost = [row["key"] for row in rows if row["action"] == "lost"]
+    assert lost == [f"train-{i:04d}" for i in range(26, 30)]
+    assert {row["action"] for row in rows} == {"left out", "lost"}
+    assert (written["left_out"], written["lost"]) == (4, 4)
     (shard,) = [row for row in rows if not row["key"]]
     assert shard["shard"] == "shard-000002.tar" and shard["problems"][0]["kind"] == "damaged-shard"
 

@@ -353,6 +353,8 @@ def test_an_index_that_disagrees_is_found(fifty):
     assert found(report, "missing-shard") == [("missing-shard", "fifty", "shard-000003.tar", "")]
     assert found(report, "index-disagrees") == [("index-disagrees", "fifty", "new.tar", "")]
     assert report.counts["duplicate-key"] == 15
+    lost = [entry.key for entry in fifty.entries if entry.shard == 3]
+    assert report.to_dict()["splits"]["fifty"]["lost"] == {"shard-000003.tar": lost}
 
 
 def test_one_changed_byte_between_members_is_noticed_by_the_shards_hash(fifty):
