@@ -301,7 +301,10 @@ def _rank(rank, port, folder, changes, results):
     loader = TrainLoader(
         index, conftest.WordEncoder(), options, global_batch_size=BATCH, seed=7, rank=rank, world_size=2
     )
-    steps = []
+    steps, told = [], []
+    handler = logging.Handler()
+    handler.emit = lambda record: told.append(record.getMessage())
+    logging.getLogger("samtrain").addHandler(handler)
     try:
         with loader:
             for number in range(20):
@@ -320,7 +323,7 @@ def _rank(rank, port, folder, changes, results):
         error = None
     except TrainingError as raised:
         error = str(raised)
-    results.put((rank, steps, error))
+    results.put((rank, steps, error, told))
     dist.destroy_process_group()
 
 
@@ -335,7 +338,7 @@ def _load_conftest():
 
 @pytest.fixture
 def two_ranks(hundred, tmp_path):
-    """run(**changes) -> (steps, error) of each rank; `break_copy(rank, number)` before it breaks one node's copy."""
+    """run(**changes) -> (steps, error, log) of each rank, which reads copies/copy<rank>."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["torch", "samtrain.data.loader"])
     for rank in range(2):
@@ -370,8 +373,9 @@ def two_ranks(hundred, tmp_path):
 @pytest.mark.parametrize("as_on_gpus", [False, True])
 def test_ranks_that_see_different_damage_agree_on_every_step(two_ranks, hundred, tmp_path, as_on_gpus):
     cut(tmp_path / "copies" / "copy1" / "shard-000003.tar")
-    (one, error), (other, other_error) = two_ranks(as_on_gpus=as_on_gpus)
+    (one, error, told), (other, other_error, other_told) = two_ranks(as_on_gpus=as_on_gpus)
     assert error is other_error is None
+    assert sum("is quarantined" in text for text in told + other_told) == 2  # two shards, each once
     index = ShardIndex.load(hundred)
     for number, (a, b) in enumerate(zip(one, other, strict=True)):
         lost = shard_of(index, 3) | (shard_of(index, 7) if number >= 10 else set())
@@ -390,7 +394,7 @@ def test_ranks_that_see_different_damage_agree_on_every_step(two_ranks, hundred,
 def test_all_ranks_stop_with_the_same_error_at_the_same_step(two_ranks, tmp_path):
     for number in (3, 5, 9):
         cut(tmp_path / "copies" / "copy1" / f"shard-{number:06d}.tar")
-    (one, error), (other, other_error) = two_ranks(max_bad_fraction=0.12)
+    (one, error, _), (other, other_error, _) = two_ranks(max_bad_fraction=0.12)
     assert len(one) == len(other) == 0
     assert error == other_error.replace("copy1 --fix", "copy0 --fix") and "15 of 100 samples" in error
 
@@ -404,6 +408,6 @@ def test_ranks_that_read_other_texts_stop_before_they_disagree(two_ranks, tmp_pa
         record = data[entry.record[0] : sum(entry.record)].replace(b"these pictures", b"these p c ures")
         path.write_bytes(data[: entry.record[0]] + record + data[sum(entry.record) :])
     assert (tmp_path / "copies" / "copy1" / INDEX_FILE).exists()
-    (one, error), (_, other_error) = two_ranks()
+    (one, error, _), (_, other_error, _) = two_ranks()
     assert not one and error == other_error
     assert "differ between the ranks" in error
