@@ -341,6 +341,24 @@ def test_llava_conversations(run: Run, chat: Path, tmp_path: Path, write_json: W
     assert report.first == ["train: record 3: has 2 <image> placeholders but 1 images"]
 
 
+def test_a_dialogue_is_converted_whole_or_listed(run: Run, chat: Path, tmp_path: Path, write_lines: Write) -> None:
+    def row(*texts: str, images: list[str]) -> dict[str, Any]:
+        return {
+            "messages": [message("assistant" if i % 2 else "user", text) for i, text in enumerate(texts)],
+            "images": images,
+        }
+
+    rows = [
+        row("<image>q", "a", "r", " ", images=["a.jpg"]),
+        row("<image>q", "a", "<image>r", "b", images=["a.jpg", "gone.jpg"]),
+        row("<image>q", "a", "r", "b", images=["a.jpg"]),
+    ]
+    write_lines(chat / "train.jsonl", rows)
+    report = run("messages", chat, max_bad_fraction=0.7)
+    assert report.first == ["train: record 0: its answer is empty", "train: record 1: image 'gone.jpg' is not there"]
+    assert [record.key for record in records(tmp_path / "out" / "train")] == ["chat-000002-0", "chat-000002-1"]
+
+
 def test_dialogues_without_placeholders_show_all_images_or_gain_some() -> None:
     turns = [Turn("user", "q"), Turn("assistant", "a"), Turn("user", "r"), Turn("assistant", "b")]
     assert [(e.instruction, e.num_images) for e in exchanges(turns, 2, layout="prefix")] == [

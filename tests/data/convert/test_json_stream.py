@@ -96,6 +96,19 @@ def test_a_broken_array_names_the_file_and_the_place(tmp_path: Path, content: by
         list(read_array(path))
 
 
+def test_a_broken_object_names_the_file_and_the_place(tmp_path: Path) -> None:
+    path = tmp_path / "x.json"
+    for content, message in (
+        ('{"data": [1]} more', "at character 14: more follows"),
+        ('{"data": [1], 5: 1}', "at character 14: a key was expected"),
+        ('{"data": [1]', "the file ends too early"),
+        ('{"other": [1]}', "has no field 'data'"),
+    ):
+        path.write_text(content)
+        with pytest.raises(DataError, match=message):
+            list(read_array(path, "data"))
+
+
 def test_a_record_longer_than_the_limit_stops_before_memory_does(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
