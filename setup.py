@@ -38,6 +38,17 @@ setup(
     extras_require={
         # What the mini recipe needs besides: art renderer, GGUF reader. The Makefile adds the packaged models.
         "mini": ["resvg-py==0.5.0", "gguf"],
+        # What building MmLINK needs besides. The Makefile adds the packaged segmenter for tests.
+        "mmlink": [
+            "ray[data]>=2.60",
+            "opencv-python-headless",
+            "onnxruntime",
+            "ImageHash",
+            "pypatchmatch",
+            "httpx2",
+            "diffusers",
+            "resvg-py==0.5.0",
+        ],
         "gpu": ["liger-kernel>=0.8.5"],
         "flash": ["flash-attn"],  # source only: compiles against an installed CUDA torch
         "dev": [

@@ -48,7 +48,7 @@ def _plain(image: Any) -> Image.Image:
 
 def png(image: Image.Image) -> bytes:
     stream = io.BytesIO()
-    image.save(stream, "PNG", compress_level=3)
+    image.save(stream, "PNG", compress_level=1)  # kept for a while, and read once or twice
     return stream.getvalue()
 
 

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from samtrain.core.errors import InputError
+from samtrain.core.errors import InputError, SamtrainError
 from samtrain.data.mmlink.options import ExecutionOptions, StageResources
 from samtrain.data.mmlink.records import Job
 from samtrain.data.mmlink.stages import Row, StageWorker
@@ -26,7 +26,7 @@ class RaySession:
     """A Ray of this machine's own, or a cluster's; use as a context manager.
 
     Raises:
-        InputError: there is no cluster at the address.
+        InputError: there is no cluster at the address. SamtrainError: Ray does not start here.
     """
 
     def __init__(self, options: ExecutionOptions) -> None:
@@ -51,10 +51,13 @@ class RaySession:
                         object_store_memory=_OBJECT_STORE_BYTES,
                         **quiet,
                     )
-            except (ConnectionError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
-                where = f"at {self.address}" if self.address else "of this machine's own"
-                raise InputError(
-                    f"no Ray {where}: {error}; execution.backend=local runs in this process alone"
+            except Exception as error:  # ray raises many kinds, plain ones too
+                if self.address:
+                    raise InputError(
+                        f"no Ray cluster at {self.address}: {error}; execution.backend=local runs in this process alone"
+                    ) from None
+                raise SamtrainError(
+                    f"Ray does not start on this machine: {error}; execution.backend=local runs in this process alone"
                 ) from None
         context = ray.data.DataContext.get_current()
         context.enable_progress_bars = False  # ours count items of a stage

@@ -129,10 +129,8 @@ class StageRunner:
 
     def _batches(self, stage: str, jobs: list[Job]) -> Iterator[list[Row]]:
         resources: StageResources = getattr(self.config.build.execution.stages, stage)
-        if stage in ("describe", "write") and self.config.writer.kind == "openai":
-            # One process, many threads: its limits and budget hold for the whole build.
-            resources = resources.model_copy(update={"workers": 1})
-        return self.backend.run(
+        backend = LocalBackend() if self._stays_here(stage) else self.backend
+        return backend.run(
             jobs,
             stage=stage,
             config=self.config.dump(),
@@ -140,6 +138,11 @@ class StageRunner:
             resources=resources,
             batch_size=resources.batch_size or BATCH_SIZES[stage],
         )
+
+    def _stays_here(self, stage: str) -> bool:
+        """Labels and templates take less time than a worker's start; and the calls of a language model share limits, a
+        budget and a key that are this process's."""
+        return stage in ("describe", "write") or (stage == "caption" and self.config.captions.kind == "labels")
 
     def _count(self, report: StageReport, rows: list[Row], results: dict[str, Ref]) -> None:
         for row in rows:

@@ -49,7 +49,7 @@ def contact_sheet(folder: Path, path: Path, *, seed: int, num_samples: int = 24)
         for line_number, line in enumerate(lines):
             at = (left + _GAP, top + _CELL + _GAP + 2 + _LINE * line_number)
             draw.text(at, line, fill="grey" if not line_number else "black", font=font)
-    sheet.save(path, "PNG")
+    sheet.save(path, "PNG", compress_level=3)
     for index in indices:
         index.close()
 
@@ -74,7 +74,7 @@ def stages_sheet(samples: Sequence[Finished], store: Store, path: Path, *, num_r
     for y, row in enumerate(rows):
         for x, image in enumerate(row):
             _put(sheet, image, _GAP + x * (_CELL + _GAP), _GAP + y * (_CELL + _GAP))
-    sheet.save(path, "PNG")
+    sheet.save(path, "PNG", compress_level=3)
 
 
 def _put(sheet: Image.Image, image: Image.Image, left: int, top: int) -> None:

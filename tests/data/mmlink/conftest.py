@@ -85,7 +85,7 @@ def values(sources: Path, tmp_path: Path) -> dict[str, Any]:
     return {
         "output": str(tmp_path / "set"),
         "work": str(tmp_path / "work"),
-        "num_samples": 24,
+        "num_samples": 16,
         "domains": {"objects": 0.5, "icons": 0.25, "covers": 0.25},
         "splits": {"train": 0.7, "validation": 0.0, "test": 0.3},
         "sources": [
@@ -94,7 +94,7 @@ def values(sources: Path, tmp_path: Path) -> dict[str, Any]:
             {"kind": "folder", "path": str(sources / "photographs"), "role": "background"},
             {"kind": "folder", "path": str(sources / "covers"), "role": "cover", "licence": "CC0-1.0"},
         ],
-        "segment": {"kind": "grabcut", "min_agreement": 0.7},
+        "segment": {"kind": "alpha"},
         "plates": {"remove": False},
         "compose": {"canvas": 96, "grid": [2, 2]},
         "fill": {"kind": "telea"},

@@ -179,6 +179,7 @@ def make_loader(encoder: Any, options: Any) -> Any:
 
 
 def test_the_same_seed_gives_the_same_bytes_whatever_the_batches(values: dict[str, Any], tmp_path: Path) -> None:
+    values |= {"num_samples": 10}
     first = build(values)
     small = {name: {"batch_size": 3} for name in ("read", "segment", "compose", "fill", "write")}
     changed = {
@@ -194,7 +195,8 @@ def test_the_same_seed_gives_the_same_bytes_whatever_the_batches(values: dict[st
 def test_ray_builds_the_same_set_as_one_process(values: dict[str, Any], tmp_path: Path) -> None:
     pytest.importorskip("ray.data")
     local = build(values)
-    small = {name: {"batch_size": 8, "workers": 2} for name in ("read", "segment", "compose", "fill")}
+    small = {name: {"batch_size": 12, "workers": 2} for name in ("segment", "fill")}
+    small |= {name: {"workers": 1} for name in ("read", "compose", "plates")}
     execution = {"backend": "ray", "num_cpus": 2, "stages": small}
     ray = build(values | {"output": str(tmp_path / "ray"), "work": str(tmp_path / "ray.work"), "execution": execution})
     assert digests(ray) == digests(local)
