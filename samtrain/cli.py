@@ -12,12 +12,14 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from samtrain.core.errors import InputError, SamtrainError
 from samtrain.data import inspect_command
 from samtrain.data.convert import command as convert_command
+from samtrain.data.mmlink import command as mmlink_command
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help=__doc__, pretty_exceptions_enable=False)
 data_app = typer.Typer(no_args_is_help=True, help="Build, index, check and look at data sets.")
 app.add_typer(data_app, name="data")
 convert_command.register(data_app)
 inspect_command.register(data_app)
+mmlink_command.register(data_app)
 
 
 def main() -> None:
