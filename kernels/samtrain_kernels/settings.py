@@ -116,7 +116,7 @@ SEARCH_SPACES: Mapping[tuple[int, int], Mapping[str, tuple[KernelSetting | Patch
             (2, 64, 8, 2), (4, 32, 8, 2), (4, 64, 8, 2),
         ),
         "context_backward": _context_space(
-            (2, 32, 4, 2), (2, 32, 8, 2), (2, 64, 8, 2), (4, 32, 8, 2),
+            (2, 32, 4, 2), (2, 32, 8, 2), (4, 32, 8, 2),
         ),
         "context_kv_grad": _context_space((1, 32, 4, 2), (1, 64, 4, 2), (1, 64, 8, 2)),
         **_PATCH_SPACE,
