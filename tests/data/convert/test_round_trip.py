@@ -112,6 +112,26 @@ def test_messages_return_as_they_were(run: Run, chat: Path, tmp_path: Path, writ
     assert pictures(tmp_path / "back") == pictures(chat)
 
 
+def test_messages_whose_pictures_cannot_keep_their_names_speak_of_the_new_ones(
+    run: Run, chat: Path, tmp_path: Path, write_lines: Write
+) -> None:
+    name = str(chat / "a.jpg")  # absolute: it was inside the image folder there, and is not here
+    parts = [{"type": "image", "image": name}, {"type": "text", "text": "q"}]
+    answer = {"role": "assistant", "content": "a"}
+    rows = [
+        {"messages": [{"role": "user", "content": "<image>q"}, answer], "images": [{"path": name}], "rank": 1},
+        {"messages": [{"role": "user", "content": parts}, answer], "rank": 2},
+    ]
+    write_lines(chat / "train.jsonl", rows)
+    run("messages", chat, "shards")
+    report = run("shards", tmp_path / "shards" / "train", "back", to="messages")
+    assert report.notes == {"images that could not keep their name": 2}
+    assert read_rows(tmp_path / "back" / "messages.jsonl") == [
+        {"messages": rows[0]["messages"], "images": [f"images/chat-{i:06d}.0.jpg"], "rank": i + 1} for i in range(2)
+    ]
+    assert set(pictures(tmp_path / "back").values()) == {(chat / "a.jpg").read_bytes()}
+
+
 def write_shards(folder: Path, make_jpeg: Any, names: list[Any], **more: Any) -> Path:
     with ShardWriter(folder) as writer:
         for i, name in enumerate(names):
