@@ -117,6 +117,21 @@ def cross_ours(inputs: CrossInputs) -> Outputs:
     return sdpa(inputs.query, *own.unbind(2)), _ours(inputs, own)
 
 
+def cross_dual(inputs: CrossInputs, tiles: tuple[int, int, int, int]) -> Outputs:
+    """Both streams in one launch, without a graph; `others` alone. tiles: the fields of a KernelSetting."""
+    from samtrain_kernels.settings import KernelSetting
+
+    from benchmarks.kernels.dual import dual_forward
+
+    with torch.no_grad():
+        key, value = project(inputs, inputs.features).unbind(2)
+        of_w, _, of_q, _ = dual_forward(
+            inputs.query, inputs.context_query, key, value, inputs.weights, inputs.groups,
+            setting=KernelSetting(*tiles),
+        )  # fmt: skip
+    return of_q, of_w
+
+
 def cross_loop(inputs: CrossInputs) -> Outputs:
     slots, of_q, of_w = inputs.slots, [], []
     for j in range(inputs.shape.most_images):

@@ -74,6 +74,8 @@ class Row:
 
     Args:
         sets: inputs of equal shape and different values. sliced: gradients of the outputs are views of wider tensors.
+
+    Without an output that needs a gradient a row has no backward pass: `has_backward` is False, and forward is timed.
     """
 
     def __init__(self, run: Run, sets: Sequence[Inputs], *, sliced: bool = False) -> None:
@@ -82,6 +84,7 @@ class Row:
         self.visits = 0
         outputs = needing_gradients(run(self.sets[0]))
         self.gradients = output_gradients(outputs, sliced=sliced)
+        self.has_backward = bool(outputs)
 
     def next(self) -> int:
         self.visits += 1
@@ -91,7 +94,8 @@ class Row:
         return needing_gradients(self.run(self.sets[which]))
 
     def backward(self, outputs: tuple[Tensor, ...], which: int) -> None:
-        torch.autograd.backward(outputs, self.gradients)
+        if self.has_backward:
+            torch.autograd.backward(outputs, self.gradients)
         for leaf in self.leaves[which]:
             leaf.grad = None
 
@@ -156,12 +160,16 @@ def measure_rows(
         (name, which): repetitions(sample(row, which, reps=2, timer=timer, before=before), reps)
         for name, row in rows.items()
         for which in passes
+        if which == "forward" or row.has_backward
     }
     seen: dict[tuple[str, Pass], list[float]] = {key: [] for key in chosen}
     for _ in range(samples):
         for (name, which), n in chosen.items():
             seen[name, which].append(sample(rows[name], which, reps=n, timer=timer, before=before))
-    return {name: {which: Timing.of(seen[name, which], reps=chosen[name, which]) for which in passes} for name in rows}
+    timings: dict[str, dict[Pass, Timing]] = {name: {} for name in rows}
+    for (name, which), times in seen.items():
+        timings[name][which] = Timing.of(times, reps=chosen[name, which])
+    return timings
 
 
 def repetitions(milliseconds: float, most: int) -> int:

@@ -15,7 +15,7 @@ import torch
 from benchmarks.kernels import implementations as cross
 from benchmarks.kernels import streams
 from benchmarks.kernels.implementations import Outputs
-from benchmarks.kernels.shapes import Level
+from benchmarks.kernels.shapes import CONTEXTS, Context, Level
 
 Run = Callable[[Any], Outputs]
 """Inputs of the level -> its outputs."""
@@ -32,7 +32,8 @@ class Implementation:
 
     compiled: run under torch.compile. same_as: the row without. weights_float32: a float32 model under autocast.
     requires: a package that may be absent. attention: `_attn_implementation` of the Q-Former's own layers.
-    without_backward_on_cpu: PyTorch has no backward pass for it there.
+    without_backward_on_cpu: PyTorch has no backward pass for it there. contexts: those it can read. forward_only: a
+    candidate without a backward pass, and without a table of a machine that has no GPU.
     """
 
     label: str
@@ -45,6 +46,8 @@ class Implementation:
     attention: str = "sdpa"
     same_as: str | None = None
     without_backward_on_cpu: bool = False
+    contexts: tuple[Context, ...] = CONTEXTS
+    forward_only: bool = False
 
     @property
     def is_absent(self) -> bool:
@@ -119,6 +122,9 @@ _OURS: dict[Level, Run] = {
     "qformer": streams.ours,
 }
 
+# Of the tiles that compile without a spill for both chips; no tuner has seen them (benchmarks/results/dual-aot.txt).
+_DUAL_TILES = {"dual": (2, 64, 8, 2), "dual_short_tiles": (2, 32, 8, 2), "dual_single": (1, 64, 4, 2)}
+
 _library = functools.partial(Implementation, family="library")
 _compiled = functools.partial(Implementation, family="library", compiled=True)
 
@@ -162,6 +168,16 @@ IMPLEMENTATIONS: dict[str, Implementation] = {
     "ours": Implementation("ours", "ours", _OURS),
     "ours_compiled": Implementation("ours, compiled", "ours", _OURS, compiled=True, same_as="ours"),
     "ours_unshared": Implementation("ours without the shared W stream", "ours", {"qformer": streams.ours_unshared}),
+    **{
+        name: Implementation(
+            f"ours, both streams in one launch {'/'.join(map(str, tiles))}",
+            "ours",
+            {"cross": functools.partial(cross.cross_dual, tiles=tiles)},
+            contexts=("others",),
+            forward_only=True,
+        )
+        for name, tiles in _DUAL_TILES.items()
+    },
 }
 
 IN_BOTH_TABLES = ("ours", "ours_compiled")
@@ -172,8 +188,10 @@ def reference_of(level: Level) -> Implementation:
     return IMPLEMENTATIONS["mix_wide" if level == "mix" else "eager"]
 
 
-def rows_of(level: Level, structure: Structure = "found", *, only: tuple[str, ...] = ()) -> dict[str, Implementation]:
-    """The implementations of one table, in order.
+def rows_of(
+    level: Level, structure: Structure = "found", *, context: Context | None = None, only: tuple[str, ...] = ()
+) -> dict[str, Implementation]:
+    """The implementations of one table, in order; with `context`, those that can read it.
 
     Raises:
         ValueError: `only` names something that is not there.
@@ -184,6 +202,7 @@ def rows_of(level: Level, structure: Structure = "found", *, only: tuple[str, ..
         name: implementation
         for name, implementation in IMPLEMENTATIONS.items()
         if level in implementation.levels
+        and (context is None or context in implementation.contexts)
         and (implementation.structure == structure or name in IN_BOTH_TABLES)
         and (not only or name in only)
     }

@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -98,7 +98,8 @@ def run_on_cpu(selection: Selection, say: Say) -> list[Table]:
     tables = []
     for i, case in enumerate(cases):
         table = new_table(case, rates=None)
-        for name, implementation in rows_of(case.level, case.structure, only=selection.only).items():
+        rows = rows_of(case.level, case.structure, context=case.context, only=selection.only)
+        for name, implementation in rows.items():
             key = (case.level, case.context, case.trained, case.structure, name)
             row = {"name": name, "label": implementation.label, "family": implementation.family}
             row |= verdicts.get(key, {"match": "-", "why": ""})
@@ -118,8 +119,11 @@ def check_on_cpu(
     for level, context, trained, structure in sorted(keys):
         case = Case(level, reduced(SHAPES["E"]), context, trained, structure)
         gate = Gate(case, device=device, dtype=torch.float32, backend="reference")
-        for name, implementation in rows_of(level, structure, only=selection.only).items():
+        for name, implementation in rows_of(level, structure, context=context, only=selection.only).items():
             key = (level, context, trained, structure, name)
+            if implementation.forward_only:
+                verdicts[key] = {"match": "-", "why": "forward alone: needs a GPU"}
+                continue
             if implementation.is_absent:
                 verdicts[key] = {"match": "absent", "why": f"{implementation.requires} is not installed"}
                 continue
@@ -141,8 +145,11 @@ def _countable(case: Case, selection: Selection) -> list[str]:
     """Rows that are counted here; of a loop, which takes long, the headline shape alone."""
     return [
         name
-        for name, implementation in rows_of(case.level, case.structure, only=selection.only).items()
+        for name, implementation in rows_of(
+            case.level, case.structure, context=case.context, only=selection.only
+        ).items()
         if not implementation.compiled
+        and not implementation.forward_only
         and not implementation.is_absent
         and (implementation.family != "loop" or case.shape.name == "A")
     ]
@@ -193,7 +200,7 @@ def run_on_gpu(selection: Selection, rates: Rates, say: Say) -> list[Table]:
 def gpu_table(case: Case, selection: Selection, *, rates: Rates, device: torch.device) -> Table:
     """One table: gate, warm-up, then all rows in turn."""
     table = new_table(case, rates=rates)
-    implementations = rows_of(case.level, case.structure, only=selection.only)
+    implementations = rows_of(case.level, case.structure, context=case.context, only=selection.only)
     rows: dict[str, dict[str, Any]] = {}
     runs = {}
     gate = Gate(case, device=device, dtype=DTYPE, backend="triton")
@@ -204,12 +211,12 @@ def gpu_table(case: Case, selection: Selection, *, rates: Rates, device: torch.d
             continue
         try:
             runs[name] = implementation.build(case.level)
-            verdict = gate.judge(implementation, runs[name], full=True)
+            verdict = gate.judge(implementation, runs[name], full=True, backward=not implementation.forward_only)
         except Exception as error:  # out of memory, unsupported shape: the row says so, the table goes on
             rows[name] |= {"match": "error", "why": _first_line(error)}
             continue
         rows[name] |= {"match": verdict.match, "why": verdict.why, "errors": dict(verdict.errors)}
-        if implementation.family == "ours" and case.level != "mix":
+        if implementation.family == "ours" and case.level != "mix" and not implementation.forward_only:
             rows[name]["config"] = machine.setting_text(case.shape, device, DTYPE, trained=case.trained)
     del gate
     _measure(case, implementations, rows, runs, selection, device)
@@ -236,7 +243,8 @@ def _measure(
                 sets[key] = _input_sets(case, implementation, device)
             row = measure.Row(runs[name], sets[key])
             rows[name]["compile_seconds"] = measure.warm_up(row)
-            rows[name]["peak_bytes"] = measure.peak_bytes(row)
+            if row.has_backward:  # the peak of a pass that keeps nothing is not beside theirs
+                rows[name]["peak_bytes"] = measure.peak_bytes(row)
             rows[name]["kernels_forward"], rows[name]["kernels_backward"] = measure.kernels_launched(row)
             if not implementation.compiled:
                 rows[name]["attention"] = ", ".join(_attention_taken(row))
@@ -265,7 +273,8 @@ def _measure_variants(
         if implementations[name].family == "loop":
             rows[name]["wall_both"] = measure.wall_milliseconds(row)
             continue
-        for which in ("forward", "both"):
+        passes: tuple[Literal["forward", "both"], ...] = ("forward", "both") if row.has_backward else ("forward",)
+        for which in passes:
             try:
                 rows[name][f"graph_{which}"] = measure.graph_milliseconds(row, which)
             except Exception as error:
