@@ -343,6 +343,12 @@ def test_demon_metadata_must_be_usable(run: Run, demon: Path) -> None:
             run("demon", demon)
 
 
+def test_two_files_of_one_split_are_refused(run: Run, demon: Path) -> None:
+    (demon / "full.json").write_bytes((demon / "core.json").read_bytes())
+    with pytest.raises(DataError, match=r"two of its files are of one split \(core, core\)"):
+        run("demon", demon)
+
+
 def test_options_that_would_be_ignored_are_refused(run: Run, aesop: Path, annotations: Path, tmp_path: Path) -> None:
     for name, options, message in (
         ("annotation", {}, "'annotation' is not known; did you mean 'annotations'"),
