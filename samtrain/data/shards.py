@@ -208,6 +208,8 @@ def sniff_image(data: bytes, *, where: str) -> tuple[str, int, int]:
     """
     try:
         with Image.open(io.BytesIO(data), formats=tuple(EXTENSIONS)) as image:
-            return EXTENSIONS[str(image.format)], image.width, image.height
+            # A JPEG of several pictures (phones, Flickr) opens as MPO; readers see its first picture.
+            name = "JPEG" if image.format == "MPO" else str(image.format)
+            return EXTENSIONS[name], image.width, image.height
     except Exception as error:  # PIL raises many kinds on hostile bytes
         raise DataError(f"{where}: not a JPEG, PNG or WEBP image: {error}") from None

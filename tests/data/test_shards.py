@@ -340,6 +340,14 @@ def test_the_size_of_an_image_is_read_without_decoding_it(make_jpeg):
     assert sniff_image(whole[: len(whole) // 2], where="x") == ("jpg", 300, 200)
 
 
+def test_a_jpeg_of_several_pictures_is_a_jpeg() -> None:
+    """Phones write them; PIL calls them MPO."""
+    stream = io.BytesIO()
+    first, second = Image.new("RGB", (40, 30), "red"), Image.new("RGB", (40, 30), "blue")
+    first.save(stream, "MPO", save_all=True, append_images=[second])
+    assert sniff_image(stream.getvalue(), where="x") == ("jpg", 40, 30)
+
+
 def test_a_record_or_an_image_of_absurd_size_is_refused_before_it_is_read(write_set, monkeypatch):
     index = ShardIndex.load(write_set("huge", [1, 1]))
     monkeypatch.setattr(index_module, "MAX_IMAGE_BYTES", index.entries[0].images[0][1] - 1)
