@@ -49,13 +49,13 @@ def summary(report: dict[str, Any]) -> str:
     """The report in a few lines."""
     lines = [
         f"{'stage':>10} {'jobs':>7} {'found':>7} {'done':>7} {'rejected':>8} {'failed':>6} "
-        f"{'seconds':>9} {'ms/item':>8}"
+        f"{'seconds':>9} {'ms/item':>8} {'cpu ms':>8}"
     ]
     for name, row in report["stages"].items():
-        per_item = row["work_seconds_per_item"]
+        times = [row[name] for name in ("work_seconds_per_item", "cpu_seconds_per_item")]
         lines.append(
             f"{name:>10} {row['jobs']:>7} {row['found']:>7} {row['done']:>7} {row['rejected']:>8} {row['failed']:>6} "
-            f"{row['seconds']:>9.1f} {'' if per_item is None else f'{1000 * per_item:.1f}':>8}"
+            f"{row['seconds']:>9.1f} " + " ".join(f"{'' if t is None else f'{1000 * t:.1f}':>8}" for t in times)
         )
     filters = report["filters"]
     lines.append(f"kept {filters['kept']} of {filters['planned']} planned samples; not kept: {filters['not_kept']}")

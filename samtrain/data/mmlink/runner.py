@@ -68,7 +68,8 @@ class LocalBackend:
 
 @dataclass
 class StageReport:
-    """Counts and times of a stage. seconds: by the clock; work_seconds: of all workers together."""
+    """Counts and times of a stage. seconds: by the clock; work_seconds: of all workers together, cpu_seconds of them on
+    a core (a model's own threads and a GPU do not count)."""
 
     jobs: int = 0
     found: int = 0  # done before, by this build or by an earlier one
@@ -77,6 +78,7 @@ class StageReport:
     failed: int = 0
     seconds: float = 0.0
     work_seconds: float = 0.0
+    cpu_seconds: float = 0.0
     reasons: Counter[str] = field(default_factory=Counter)
     usage: dict[str, Any] = field(default_factory=dict)
 
@@ -90,7 +92,9 @@ class StageReport:
             "failed": self.failed,
             "seconds": round(self.seconds, 2),
             "work_seconds": round(self.work_seconds, 2),
+            "cpu_seconds": round(self.cpu_seconds, 2),
             "work_seconds_per_item": round(self.work_seconds / worked, 5) if worked else None,
+            "cpu_seconds_per_item": round(self.cpu_seconds / worked, 5) if worked else None,
             "reasons": dict(self.reasons.most_common(_LISTED_REASONS)),
             **({"usage": self.usage} if self.usage else {}),
         }
@@ -147,6 +151,7 @@ class StageRunner:
     def _count(self, report: StageReport, rows: list[Row], results: dict[str, Ref]) -> None:
         for row in rows:
             report.work_seconds += row["seconds"]
+            report.cpu_seconds += row["cpu_seconds"]
             if row["status"] == FATAL:
                 raise _error(row)
             if row["status"] == FAILED:

@@ -15,7 +15,7 @@ from samtrain.data.mmlink.options import OBJECTS
 from samtrain.data.mmlink.pictures import flattened, from_png
 from samtrain.data.mmlink.store import Store
 
-_CELL, _GAP, _LINE, _LINES = 150, 6, 13, 5
+_CELL, _GAP, _LINE, _LINES = 150, 6, 13, 6
 _SAMPLES_PER_ROW = 3
 _PICTURES = 3  # of a sample that are shown
 
@@ -45,7 +45,7 @@ def contact_sheet(folder: Path, path: Path, *, seed: int, num_samples: int = 24)
             with Image.open(io.BytesIO(data)) as opened:
                 _put(sheet, opened.convert("RGB"), left + _GAP + column * (_CELL + _GAP), top + _GAP)
         lines = [record.key]
-        lines += textwrap.wrap(record.instruction, 78)[:2] + textwrap.wrap(f"-> {record.output}", 78)[:2]
+        lines += textwrap.wrap(record.instruction, 78)[:2] + textwrap.wrap(f"-> {record.output}", 78)[:3]
         for line_number, line in enumerate(lines):
             at = (left + _GAP, top + _CELL + _GAP + 2 + _LINE * line_number)
             draw.text(at, line, fill="grey" if not line_number else "black", font=font)

@@ -59,7 +59,7 @@ class StageWorker:
                 self._tools = _Tools(self.stage, self.config, self.store)
             handler, threads = self._tools.handler, self._tools.threads
         except Exception as error:
-            return [_row(job, error, 0.0) for job in jobs]
+            return [_row(job, error, _Watch()) for job in jobs]
         if threads > 1:
             with ThreadPoolExecutor(threads) as pool:
                 outcomes = list(pool.map(lambda job: _outcome(handler, job), jobs))
@@ -69,24 +69,37 @@ class StageWorker:
         try:
             refs = dict(zip((key for key, _ in kept), self.store.write(self.stage, kept)))
         except OSError as error:
-            return [_row(job, SamtrainError(f"cannot write to {self.store.work}: {error}"), 0.0) for job in jobs]
+            return [_row(job, SamtrainError(f"cannot write to {self.store.work}: {error}"), _Watch()) for job in jobs]
         usage = self._tools.usage()
         return [row | {"ref": refs.get(row["key"], ""), "usage": usage} for row, _ in outcomes]
 
 
 def _outcome(handler: Handler, job: Job) -> tuple[Row, Blobs | None]:
-    started = time.perf_counter()
+    watch = _Watch()
     try:
         blobs = handler(job.payload)
     except Rejected as reason:  # a result like any other: not tried again
-        row = _row(job, None, time.perf_counter() - started)
+        row = _row(job, None, watch)
         return row | {"status": REJECTED, "reason": str(reason)}, {META: _json({"rejected": str(reason)})}
     except Exception as error:
-        return _row(job, error, time.perf_counter() - started), None
-    return _row(job, None, time.perf_counter() - started), blobs
+        return _row(job, error, watch), None
+    return _row(job, None, watch), blobs
 
 
-def _row(job: Job, error: Exception | None, seconds: float) -> Row:
+class _Watch:
+    """Time since it was made: by the clock, and of this thread on a core (what a busy machine does not change)."""
+
+    def __init__(self) -> None:
+        self.started = time.perf_counter(), time.thread_time()
+
+    def seconds(self) -> dict[str, float]:
+        return {
+            "seconds": time.perf_counter() - self.started[0],
+            "cpu_seconds": time.thread_time() - self.started[1],
+        }
+
+
+def _row(job: Job, error: Exception | None, watch: _Watch) -> Row:
     status, reason, name = DONE, "", ""
     if isinstance(error, Failed):
         status, reason = FAILED, str(error)
@@ -95,15 +108,8 @@ def _row(job: Job, error: Exception | None, seconds: float) -> Row:
     elif error is not None:
         status, name = FATAL, "Exception"
         reason = "".join(traceback.format_exception(error))
-    return {
-        "key": job.key,
-        "status": status,
-        "ref": "",
-        "reason": reason,
-        "seconds": seconds,
-        "error": name,
-        "usage": {},
-    }
+    row = {"key": job.key, "status": status, "ref": "", "reason": reason, "error": name, "usage": {}}
+    return row | watch.seconds()
 
 
 class _Tools:

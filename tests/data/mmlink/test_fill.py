@@ -97,7 +97,7 @@ def test_a_plate_loses_what_stands_out_and_only_that(photograph: Draw) -> None:
     assert 0.03 < plate.removed < 0.1
     difference = np.abs(np.asarray(plate.image).astype(int) - np.asarray(clean))
     assert difference.mean() < 2 and difference[60:90, 80:110].mean() < 25
-    whole = clean_plate(spoiled, lambda image: np.ones((150, 200), np.float32), PlatesOptions())
+    whole = clean_plate(spoiled, lambda image: np.ones(image.size[::-1], np.float32), PlatesOptions())
     assert whole.removed == 0 and np.array_equal(np.asarray(whole.image), np.asarray(spoiled))
 
 

@@ -10,6 +10,8 @@ from samtrain.data.mmlink.optional import import_cv2
 from samtrain.data.mmlink.options import PlatesOptions
 from samtrain.data.mmlink.segment import Segmenter
 
+_SEGMENTED_SIDE = 384  # pixels: what stands out is seen at any size, and outlines are grown anyway
+
 
 @dataclass(frozen=True)
 class Plate:
@@ -25,7 +27,10 @@ def clean_plate(photograph: Image.Image, segmenter: Segmenter | None, options: P
     if segmenter is None or not options.remove:
         return Plate(photograph, 0.0)
     cv2 = import_cv2()
-    holes = (segmenter(photograph) > 0.5).astype(np.uint8)
+    small = photograph.copy()
+    small.thumbnail((_SEGMENTED_SIDE, _SEGMENTED_SIDE), Image.Resampling.LANCZOS)
+    found = cv2.resize(segmenter(small), photograph.size, interpolation=cv2.INTER_LINEAR)
+    holes = (found > 0.5).astype(np.uint8)
     size = 2 * options.grow + 1
     grown = cv2.dilate(holes, cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (size, size))) > 0
     removed = float(grown.mean())

@@ -4,8 +4,9 @@ from pathlib import Path
 
 from samtrain.core.errors import DataError
 from samtrain.data.mini.stories.installed import INSTALL, find_source, searched
+from samtrain.data.mini.stories.stock import _team_colours
 from samtrain.data.mini.stories.units import UnitTypes
-from samtrain.data.mini.stories.wml import FileTree, Reader
+from samtrain.data.mini.stories.wml import FileTree, Node, Reader
 from samtrain.data.mini.vocabulary import stable_fraction
 from samtrain.data.mmlink.options import SpritesOptions
 from samtrain.data.mmlink.records import OBJECT, SourcePicture, with_article
@@ -17,7 +18,10 @@ _MIN_POSES = 2
 
 def collect(options: SpritesOptions, *, where: str, cache: Path, progress: Progress) -> Listing:
     """Raises DataError where the game is required and not there."""
-    source = find_source(options.path)
+    try:
+        source = find_source(options.path)
+    except DataError:
+        raise DataError(f"{where}.path: {options.path} holds no data of the game; {INSTALL}") from None
     if source is None:
         note = f"the game is not installed (searched {searched()}); {INSTALL}"
         if options.required:
@@ -45,6 +49,8 @@ def collect(options: SpritesOptions, *, where: str, cache: Path, progress: Progr
         {node.values["id"] for document in units.documents for node in document.root.walk() if _is_unit(node)},
         key=lambda name: (stable_fraction("mmlink sprites", name), name),
     )
+    colours, no_colours = _team_colours(tree)
+    listing.skipped |= no_colours
     taken: set[str] = set()
     for name in names:
         if options.max_identities is not None and len(taken) >= options.max_identities:
@@ -55,6 +61,8 @@ def collect(options: SpritesOptions, *, where: str, cache: Path, progress: Progr
         if look is None or len(poses) < _MIN_POSES or look.name.lower() in taken:
             continue
         taken.add(look.name.lower())
+        army = int(stable_fraction("mmlink army", name) * len(colours["ranges"]))  # one for all poses of a unit
+        team = {"palette": colours["palette"], "range": colours["ranges"][army]} if colours["ranges"] else None
         for pose, path in poses:
             listing.pictures.append(
                 SourcePicture(
@@ -67,11 +75,12 @@ def collect(options: SpritesOptions, *, where: str, cache: Path, progress: Progr
                     caption="",
                     source="wesnoth",
                     locator=file_locator(path),
+                    facts={"team": team},
                 )
             )
     listing.pictures = list({picture.id: picture for picture in reversed(listing.pictures)}.values())[::-1]
     return listing
 
 
-def _is_unit(node) -> bool:  # type: ignore[no-untyped-def]
+def _is_unit(node: Node) -> bool:
     return node.tag == "unit_type" and bool(node.values.get("id")) and node.values.get("do_not_list", "no") != "yes"

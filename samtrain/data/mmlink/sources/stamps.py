@@ -1,7 +1,7 @@
 """Tux Paint's stamps: cut-outs with alpha and a sentence that says what they are, many of them photographs.
 
-Most things have one picture and serve as the things beside; where several pictures share a sentence they are views of
-one thing.
+Each is a picture of its own: two with one sentence ("A flower.") show two flowers, not one in two poses. So they serve
+as the things beside A, and nothing of the same name is ever put into a sample with them.
 """
 
 import re
@@ -42,7 +42,7 @@ def collect(options: StampsOptions, *, where: str, cache: Path, progress: Progre
             SourcePicture(
                 id=f"stamps/{name}",
                 role=OBJECT,
-                identity=f"stamps/{called}",
+                identity=f"stamps/{name}",
                 pose=path.stem,
                 name=called,
                 category=name.split("/")[0],
