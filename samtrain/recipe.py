@@ -4,7 +4,6 @@ Precedence: defaults <- `base:` recipe (looked up beside the file, recursively) 
 """
 
 import math
-import re
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ from pydantic import Field, model_validator
 
 from samtrain.core.errors import ConfigError
 from samtrain.core.options import Options, parse_options
+from samtrain.core.strict_yaml import apply_override, parse_yaml
 from samtrain.data.options import DataOptions
 from samtrain.engine.options import TrainOptions
 from samtrain.evaluation.options import EvaluationOptions
@@ -45,6 +45,14 @@ class Recipe(Options):
                 f"train.global_batch_size ({batch}) is not divisible by launch.num_workers ({world}); "
                 f"use a batch of {batch - batch % world or world} or {batch + world - batch % world}, or other workers"
             )
+        held_out = self.evaluation.splits
+        if held_out and not self.data.path:
+            raise ValueError(f"evaluation.splits is {held_out} and data.path, where they are, is missing; set it")
+        if self.data.mixture and self.data.path and not (held_out or self.data.validation_split or self.data.build):
+            raise ValueError(
+                f"data.path ({self.data.path}) is not trained on beside data.mixture, and nothing is held out: list it "
+                f"in the mixture, or leave it out"
+            )
         return self
 
     def total_steps(self, steps_per_epoch: int) -> int:
@@ -68,39 +76,13 @@ def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
     """
     values = _read(Path(path), seen=())
     for override in overrides or []:
-        _apply_override(values, override)
+        apply_override(values, override, example="train.max_steps=100")
     return parse_options(Recipe, values, source=str(path))
 
 
 def parse_recipe(text: str, *, source: str) -> Recipe:
     """The recipe in a resolved YAML text (`Recipe.to_yaml`)."""
-    return parse_options(Recipe, _parse_yaml(text, source=source), source=source)
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML 1.1 reads 1e-4 as text; people mean a number. And a key given twice is an error, not the last one's win."""
-
-    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
-        seen: set[Any] = set()
-        for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=deep)
-            if key in seen:
-                raise yaml.constructor.ConstructorError(None, None, f"key {key!r} is given twice", key_node.start_mark)
-            seen.add(key)
-        return super().construct_mapping(node, deep=deep)
-
-
-_Loader.yaml_implicit_resolvers = {k: list(v) for k, v in yaml.SafeLoader.yaml_implicit_resolvers.items()}
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d[\d_]*)(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
-)
-
-
-def _parse_yaml(text: str, *, source: str) -> Any:
-    try:
-        return yaml.load(text, Loader=_Loader)  # a SafeLoader
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{source}: not valid YAML: {error}") from None
+    return parse_options(Recipe, parse_yaml(text, source=source), source=source)
 
 
 def _read(path: Path, *, seen: tuple[Path, ...]) -> dict[str, Any]:
@@ -110,7 +92,7 @@ def _read(path: Path, *, seen: tuple[Path, ...]) -> dict[str, Any]:
         text = path.read_text()
     except OSError as error:
         raise ConfigError(f"{path}: cannot read the recipe: {error.strerror}") from None
-    values = _parse_yaml(text, source=str(path))
+    values = parse_yaml(text, source=str(path))
     if not isinstance(values, dict):
         raise ConfigError(f"{path}: a recipe is a mapping of keys to values, found {type(values).__name__}")
     base = values.pop("base", None)
@@ -127,17 +109,3 @@ def _merge(base: dict[str, Any], top: dict[str, Any]) -> dict[str, Any]:
         else:
             merged[key] = value
     return merged
-
-
-def _apply_override(values: dict[str, Any], override: str) -> None:
-    key, separator, text = override.partition("=")
-    if not separator or not key:
-        raise ConfigError(f"override {override!r}: write key=value, e.g. train.max_steps=100")
-    *parents, last = key.split(".")
-    current = values
-    for parent in parents:
-        child = current.setdefault(parent, {})
-        if not isinstance(child, dict):
-            raise ConfigError(f"override {override!r}: `{parent}` is a value, not a section")
-        current = child
-    current[last] = _parse_yaml(text, source=f"override {override!r}")

@@ -11,6 +11,9 @@ from samtrain.data.mmlink.records import Rejected
 
 JPEG_QUALITY = 92
 Color = tuple[int, int, int]
+_GROUNDS: tuple[Color, ...] = (
+    (255, 255, 255), (128, 160, 128), (60, 90, 140), (200, 180, 150), (30, 30, 30),
+)  # fmt: skip
 
 
 def open_picture(data: bytes, *, max_pixels: int, max_side: int) -> Image.Image:
@@ -75,18 +78,22 @@ def flattened(image: Image.Image, color: Color) -> Image.Image:
 
 
 def standing_out(image: Image.Image) -> Color:
-    """Of a few plain colours, the one that an RGBA picture's edge differs from most."""
+    """Of a few plain colours, the one that an RGBA picture differs from most: its edge, and what lies inside it (a
+    white eye on white would be a hole)."""
     pixels = np.asarray(image).astype(np.int32)
     alpha = pixels[..., 3] > 127
     inner = alpha.copy()
     inner[1:-1, 1:-1] &= alpha[:-2, 1:-1] & alpha[2:, 1:-1] & alpha[1:-1, :-2] & alpha[1:-1, 2:]
     inner[0, :] = inner[-1, :] = inner[:, 0] = inner[:, -1] = False
-    edge = pixels[alpha & ~inner][:, :3]
+    edge, thing = pixels[alpha & ~inner][:, :3], pixels[alpha][:, :3]
     if not edge.size:
         return 255, 255, 255
-    candidates: tuple[Color, ...] = ((255, 255, 255), (128, 160, 128), (60, 90, 140), (200, 180, 150), (30, 30, 30))
-    distances = [np.percentile(np.abs(edge - np.array(color)).sum(axis=1), 10) for color in candidates]
-    return candidates[int(np.argmax(distances))]
+
+    def distance(color: Color) -> float:
+        far_edge, far_thing = (np.abs(part - np.array(color)).sum(axis=1) for part in (edge, thing))
+        return min(float(np.percentile(far_edge, 10)), 2 * float(np.percentile(far_thing, 3)))
+
+    return max(_GROUNDS, key=distance)
 
 
 def perceptual_hash(image: Image.Image) -> str:

@@ -13,6 +13,7 @@ from samtrain.data.mmlink.segment import Segmenter
 _MARGIN = 0.12  # empty rim around cut-out art before it is segmented: salient things do not touch the frame
 _MIN_SIDE = 16
 _SPECK = 0.04  # parts smaller than this share of the largest are dropped
+_UNLIKE = 45  # colour distance (sum of R, G, B) from the old background at which a hole shows something of the thing
 
 
 @dataclass(frozen=True)
@@ -40,11 +41,11 @@ def cut_out(picture: Image.Image, segmenter: Segmenter, *, own_alpha: bool) -> C
     elif has_alpha:
         padded = _padded(picture)
         rgb = flattened(padded, standing_out(padded))
-        sureness = _without_specks(segmenter(rgb))
+        sureness = _tidied(rgb, segmenter(rgb))
         agreement = iou(sureness > 0.5, np.asarray(padded.getchannel("A")) > 127)
     else:
         rgb, agreement = picture, None
-        sureness = _without_specks(segmenter(picture))
+        sureness = _tidied(picture, segmenter(picture))
     inside = sureness > 0.5
     area = float(inside.mean())
     if not inside.any():
@@ -67,6 +68,28 @@ def _padded(picture: Image.Image) -> Image.Image:
     canvas = Image.new("RGBA", (picture.width + 2 * rim, picture.height + 2 * rim), (0, 0, 0, 0))
     canvas.paste(picture, (rim, rim))
     return canvas
+
+
+def _tidied(rgb: Image.Image, sureness: np.ndarray) -> np.ndarray:
+    return _without_false_holes(np.asarray(rgb.convert("RGB")), _without_specks(sureness))
+
+
+def _without_false_holes(pixels: np.ndarray, sureness: np.ndarray) -> np.ndarray:
+    """Holes through which the old background is not seen are eyes, windows, buttons: they belong to the thing."""
+    cv2 = import_cv2()
+    count, labels = cv2.connectedComponents((sureness <= 0.5).astype(np.uint8), connectivity=4)
+    around = np.unique(np.concatenate([labels[0], labels[-1], labels[:, 0], labels[:, -1]]))
+    outside = np.isin(labels, around[around > 0])
+    if count <= 2 or not outside.any():
+        return sureness
+    old = np.median(pixels[outside], axis=0)
+    filled = sureness
+    for label in set(range(1, count)) - set(around.tolist()):
+        hole = labels == label
+        if np.abs(pixels[hole] - old).sum(axis=1).mean() > _UNLIKE:
+            rim = cv2.dilate(hole.astype(np.uint8), np.ones((5, 5), np.uint8)) > 0  # soft edges lie around it
+            filled = np.where(rim & (hole | (sureness > 0.5)), np.float32(1), filled)
+    return filled
 
 
 def _without_specks(sureness: np.ndarray) -> np.ndarray:
