@@ -25,9 +25,9 @@ from samtrain.core.log import configure_logging
 from samtrain.core.peak import peak_tflops
 from samtrain.core.seeds import derive_seed, seed_everything
 from samtrain.core.versions import git_commit, versions
-from samtrain.data.index import ShardIndex
 from samtrain.data.ledger import Ledger
 from samtrain.data.loader import TrainLoader, evaluation_steps
+from samtrain.data.mixture import load_split, open_training_set, sources_of
 from samtrain.data.preflight import largest_pack
 from samtrain.engine import zero
 from samtrain.engine.callbacks import Callback, Metrics, Progress, Utilization
@@ -100,7 +100,9 @@ class _Run:
         self.is_main = self.rank == 0
         self.output_dir = Path(recipe.output_dir)
         self.processor = build_processor(recipe.model, image_size=recipe.data.image_size)
-        self.index = self._load_split(recipe.data.train_split)
+        # A new run wants every shard; one that is restarted goes on without those that broke meanwhile.
+        self.restarts = find_resume(self.output_dir, recipe.train.resume_from_checkpoint) is not None
+        self.index = open_training_set(recipe.data, tolerate_broken_shards=self.restarts)
         self.tracker: Tracker = NullTracker()
         self.started = time.time()
 
@@ -125,11 +127,6 @@ class _Run:
             return self._finish(state, result, trained_seconds=trained_seconds)
 
     # Before training.
-
-    def _load_split(self, split: str) -> ShardIndex:
-        """A new run wants every shard; one that is restarted goes on without those that broke meanwhile."""
-        restarts = find_resume(self.output_dir, self.recipe.train.resume_from_checkpoint) is not None
-        return ShardIndex.load(Path(self.recipe.data.path) / split, tolerate_broken_shards=restarts)
 
     def _build_engine(self) -> zero.Engine:
         recipe = self.recipe
@@ -199,8 +196,9 @@ class _Run:
         run = {"world_size": engine.world_size, "device": str(self.device), "kernels": self.kernels}
         self.tracker.log_params(run)
         self.tracker.log_text(recipe.to_yaml(), "recipe.yaml")
-        name, path = f"{Path(recipe.data.path).name}/{recipe.data.train_split}", str(self.index.folder)
-        self.tracker.log_dataset(name=name, digest=self.index.digest, path=path, num_samples=len(self.index))
+        for source in sources_of(self.index).values():
+            name, path = "/".join(source.folder.parts[-2:]), str(source.folder)
+            self.tracker.log_dataset(name=name, digest=source.digest, path=path, num_samples=len(source))
 
     # Training.
 
@@ -259,7 +257,9 @@ class _Run:
         recipe = self.recipe
         if recipe.data.validation_split is None:
             return None
-        index = self._load_split(recipe.data.validation_split)
+        index = load_split(
+            recipe.data.path, recipe.data.validation_split, key="data.path", tolerate_broken_shards=self.restarts
+        )
 
         def validate(watchdog: Watchdog) -> dict[str, float]:
             steps = evaluation_steps(

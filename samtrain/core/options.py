@@ -45,8 +45,8 @@ def _describe(cls: type[Options], item: Any) -> str:
     if item["type"] == "missing":
         return f"`{dotted}` is required and missing"
     message = item["msg"].removeprefix("Value error, ")
-    if not location:
-        return message
+    if not location or (item["type"] == "value_error" and isinstance(item["input"], dict)):
+        return message  # of a section as a whole; it names the keys
     return f"`{dotted}` = {item['input']!r}: {message[0].lower()}{message[1:]}"
 
 
@@ -54,6 +54,8 @@ def _known_keys(cls: type[Options], path: list[Any]) -> list[str]:
     """Names of the fields of the options class that `path` leads to."""
     current: Any = cls
     for part in path:
+        if isinstance(part, int):  # an element of a list
+            continue
         if not (isinstance(current, type) and issubclass(current, Options)):
             return []
         field = current.model_fields.get(str(part))

@@ -8,6 +8,7 @@ agree on a step when it is handed out (agree.py).
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 from types import TracebackType
 from typing import Any, Generic, TypeVar
 
@@ -19,8 +20,9 @@ from samtrain.core.sample import SampleEncoder, SampleRecord
 from samtrain.data.agree import StepAccounts, agree
 from samtrain.data.decode import decode_image
 from samtrain.data.index import ShardIndex
+from samtrain.data.mixture import SampleSet, sample_order
 from samtrain.data.options import DataOptions
-from samtrain.data.order import SampleOrder, Slot
+from samtrain.data.order import Slot
 from samtrain.data.step import BuiltStep, Map, StepBuilder
 
 Built = TypeVar("Built")
@@ -88,7 +90,7 @@ class StepStream(Generic[Built]):
 class TrainLoader:
     """Endless iterator of this rank's `GlobalStep`s, epoch after epoch; a context manager that ends its threads.
 
-    A step holds the same samples for any number of ranks and workers.
+    A step holds the same samples for any number of ranks and workers, and uses and skips the same ones.
 
     Raises:
         ConfigError: fewer samples in a step than ranks.
@@ -96,7 +98,7 @@ class TrainLoader:
 
     def __init__(
         self,
-        index: ShardIndex,
+        index: SampleSet,
         encoder: SampleEncoder,
         options: DataOptions,
         *,
@@ -111,15 +113,16 @@ class TrainLoader:
                 f"get a sample; raise it or use fewer processes"
             )
         self.options = options
-        self.order = SampleOrder(
-            digest=index.digest,
-            length=len(index),
-            seed=seed,
-            shuffle=options.shuffle,
-            global_batch_size=global_batch_size,
-        )
+        self.order = sample_order(index, options, seed=seed, global_batch_size=global_batch_size)
         self._builder = StepBuilder(
-            index, encoder, options, seed=seed, rank=rank, world_size=world_size, augment=options.augment
+            index,
+            encoder,
+            options,
+            seed=seed,
+            rank=rank,
+            world_size=world_size,
+            augment=options.augment,
+            reduced_decode=options.reduced_decode,
         )
         self._position = 0  # samples handed out, over all ranks
         self._stream: StepStream[BuiltStep] | None = None
@@ -133,7 +136,7 @@ class TrainLoader:
     @property
     def cursor(self) -> dict[str, Any]:
         """State after the last step that was handed out."""
-        return self.order.cursor(self._position)
+        return self.order.cursor(self._position) | {"bad": self._accounts.state()}
 
     def load_cursor(self, cursor: dict[str, Any]) -> None:
         """Continue after the step `cursor` was taken from; what was built ahead is dropped.
@@ -143,6 +146,12 @@ class TrainLoader:
         """
         position = self.order.position(cursor)
         self._end_stream()
+        self._accounts.load_state(
+            cursor.get("bad"),
+            num_seen=position,
+            tried=self.order.times_met(position),
+            retry_quarantined=self.options.retry_quarantined,
+        )
         self._position = position
 
     def __iter__(self) -> "TrainLoader":
@@ -213,6 +222,11 @@ def _hand_out(
             )
         )
 
+    # Every rank knows the same quarantine here, however many steps were built before it did.
+    left_out = accounts.left_out(built)
+    if left_out:
+        again = rebuild(built, built.unusable | left_out)
+        built = replace(again, quarantined=built.quarantined | again.quarantined)
     return accounts.close(agree(built, rebuild))
 
 

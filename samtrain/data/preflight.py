@@ -19,7 +19,7 @@ from typing import Any
 from samtrain.core.batch import PackedBatch
 from samtrain.core.errors import DataError
 from samtrain.core.sample import IMAGE_PLACEHOLDER, SampleEncoder
-from samtrain.data.index import ShardIndex
+from samtrain.data.mixture import SampleSet, folders_of
 from samtrain.data.options import DataOptions
 from samtrain.data.order import Slot
 from samtrain.data.packing import SampleSize, check_fits, pack
@@ -30,7 +30,7 @@ NUM_SPREAD = NUM_CANDIDATES = 256
 RATE_MARGIN = 1.25
 
 
-def largest_sample(index: ShardIndex, encoder: SampleEncoder) -> dict[str, Any]:
+def largest_sample(index: SampleSet, encoder: SampleEncoder) -> dict[str, Any]:
     """The sample with the most tokens: {"key", "num_tokens", "num_images"}; exact as the module says.
 
     Raises:
@@ -55,7 +55,7 @@ def largest_sample(index: ShardIndex, encoder: SampleEncoder) -> dict[str, Any]:
     return {"key": largest.key, "num_tokens": largest.num_tokens, "num_images": largest.num_images}
 
 
-def check_budgets(index: ShardIndex, encoder: SampleEncoder, options: DataOptions) -> None:
+def check_budgets(index: SampleSet, encoder: SampleEncoder, options: DataOptions) -> None:
     """Refuse a set with a sample that no pack can hold; only samples that might be too large are encoded.
 
     Raises:
@@ -69,7 +69,7 @@ def check_budgets(index: ShardIndex, encoder: SampleEncoder, options: DataOption
                 check_fits(size, max_tokens=options.max_tokens, max_images=options.max_images)
 
 
-def largest_pack(index: ShardIndex, encoder: SampleEncoder, options: DataOptions) -> PackedBatch:
+def largest_pack(index: SampleSet, encoder: SampleEncoder, options: DataOptions) -> PackedBatch:
     """The costliest pack that the largest samples make under the budgets: what a run tries first, for memory.
 
     Raises:
@@ -95,7 +95,7 @@ def largest_pack(index: ShardIndex, encoder: SampleEncoder, options: DataOptions
 class _Reader:
     """Sizes of samples; those that cannot be used are remembered, not raised."""
 
-    def __init__(self, index: ShardIndex, encoder: SampleEncoder) -> None:
+    def __init__(self, index: SampleSet, encoder: SampleEncoder) -> None:
         self.index = index
         self.encoder = encoder
         self._bad: dict[int, str] = {}
@@ -131,7 +131,7 @@ class _Reader:
                     break
         if not found:
             reason = next(iter(self._bad.values()), "it is empty")
-            raise DataError(f"{self.index.folder}: no sample can be used: {reason}")
+            raise DataError(f"{', '.join(folders_of(self.index))}: no sample can be used: {reason}")
         return found
 
     def give_up(self, reasons: Mapping[int, str]) -> None:
@@ -141,7 +141,7 @@ class _Reader:
 class _Bounds:
     """Upper bounds of samples' tokens from the index alone."""
 
-    def __init__(self, index: ShardIndex, encoder: SampleEncoder) -> None:
+    def __init__(self, index: SampleSet, encoder: SampleEncoder) -> None:
         self.entries = index.entries
         self.empty: dict[int, int] = {}  # tokens around the text, by number of images
         for n in {entry.num_images for entry in index.entries}:

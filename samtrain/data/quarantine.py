@@ -4,28 +4,25 @@ A shard in quarantine is named once; its samples are skipped from the next step 
 read, because what is known to be broken is not trusted in part. It counts by its share of the set, at once, not by
 when its samples are met: a shard of 1 % of the set is 1 % bad also where its samples come first.
 
-Each rank keeps its own (nodes may hold different copies) and takes over what the others found (agree.py).
+A rank finds shards that break as a whole while it builds steps ahead (nodes may hold different copies) and tells the
+others with the step (agree.py). Garbage is judged there, by what all ranks have seen.
 """
 
 from collections import Counter
+from collections.abc import Mapping
 from functools import cached_property
 
 from samtrain.core.batch import IN_QUARANTINE
-from samtrain.core.errors import DataError
-from samtrain.data.index import ShardError, ShardIndex
-
-MIN_BAD = 8  # bad samples, and more than half of those tried, before a shard that can be read is given up
+from samtrain.data.mixture import SampleSet, shares_of, sources_of
 
 
 class Quarantine:
-    """The shards of `index` that are not read any more."""
+    """The shards of `index` that this rank does not read any more."""
 
-    def __init__(self, index: ShardIndex) -> None:
+    def __init__(self, index: SampleSet) -> None:
         self.index = index
         self.reasons = dict(index.broken_shards)  # shard -> why, in the order found
         self._found = dict(index.broken_shards)  # since `take_found`
-        self._tried: Counter[int] = Counter()
-        self._bad: Counter[int] = Counter()
 
     def describe(self, shard: int) -> str:
         """Why a sample of a shard in quarantine is skipped."""
@@ -36,23 +33,10 @@ class Quarantine:
         if shard not in self.reasons:
             self.reasons[shard] = self._found[shard] = reason
 
-    def take_over(self, reasons: dict[int, str]) -> None:
-        """Give up what other ranks found; it was named by them."""
+    def take_over(self, reasons: Mapping[int, str]) -> None:
+        """Give up what all ranks have agreed on; it needs no telling."""
         for shard, reason in reasons.items():
             self.reasons.setdefault(shard, reason)
-
-    def count_tried(self, shard: int) -> None:
-        self._tried[shard] += 1
-
-    def count_bad(self, shard: int, error: DataError) -> None:
-        """Note why a sample that was tried is bad; a shard that broke, or has mostly bad ones, is given up."""
-        if isinstance(error, ShardError):
-            self.add(error.shard, str(error))
-        self._bad[shard] += 1
-        bad, tried = self._bad[shard], self._tried[shard]
-        if bad >= MIN_BAD and 2 * bad > tried:
-            path = self.index.folder / self.index.shards[shard]
-            self.add(shard, f"{path}: {bad} of the {tried} samples tried are bad")
 
     def take_found(self) -> dict[int, str]:
         """What was found since the last call."""
@@ -63,3 +47,10 @@ class Quarantine:
     def samples_of_shard(self) -> Counter[int]:
         """Samples of every shard; counted when it is first asked for."""
         return Counter(entry.shard for entry in self.index.entries)
+
+    @cached_property
+    def share_of_shard(self) -> list[float]:
+        """The part of the samples that are met, in the long run, that each shard holds."""
+        shares, shards = shares_of(self.index), sources_of(self.index)
+        holders = [(shares[name], len(source)) for name, source in shards.items() for _ in source.shards]
+        return [share * self.samples_of_shard[i] / length for i, (share, length) in enumerate(holders)]

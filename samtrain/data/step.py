@@ -17,17 +17,19 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from samtrain.core.batch import PackedBatch
 from samtrain.core.errors import DataError
 from samtrain.core.sample import EncodedText, SampleEncoder, SampleRecord
 from samtrain.data.collate import ReadySample, collate
-from samtrain.data.decode import augment_image, decode_image
-from samtrain.data.index import ShardIndex
+from samtrain.data.index import ShardError
+from samtrain.data.mixture import SampleSet
 from samtrain.data.options import DataOptions
 from samtrain.data.order import Slot
 from samtrain.data.packing import SampleSize, deal, pack
+from samtrain.data.pixels import Augmentation, load_square
 from samtrain.data.quarantine import Quarantine
 
 Map = Callable[[Callable[[Any], Any], Iterable[Any]], Iterable[Any]]  # `map`, or that of a thread pool
@@ -71,7 +73,7 @@ class StepBuilder:
 
     def __init__(
         self,
-        index: ShardIndex,
+        index: SampleSet,
         encoder: SampleEncoder,
         options: DataOptions,
         *,
@@ -79,6 +81,7 @@ class StepBuilder:
         rank: int,
         world_size: int,
         augment: bool,
+        reduced_decode: bool = False,
     ) -> None:
         self.index = index
         # A copy, because steps are built in a thread of their own and fast tokenizers refuse two threads at once.
@@ -88,6 +91,7 @@ class StepBuilder:
         self.rank = rank
         self.world_size = world_size
         self.augment = augment
+        self.reduced_decode = reduced_decode
         self.quarantine = Quarantine(index)
 
     def build(
@@ -103,12 +107,15 @@ class StepBuilder:
         Args:
             cursor: the state after this step, handed through.
             map_function: runs the decoding, one call per sample.
-            excluded: place -> reason, of samples that another rank cannot use.
+            excluded: place -> reason, of the samples to leave out, as the ranks agreed; None: no step of this number
+                was built before, and what is in quarantine is left out.
 
         Raises:
             DataError: a sample exceeds the budgets. (Samples that are merely bad are left out.)
         """
-        prepared, unusable = self._prepare_all(slots, excluded or {})
+        if excluded is None:
+            excluded = self._in_quarantine(slots)
+        prepared, unusable = self._prepare_all(slots, excluded)
         sizes = [sample.size for sample in prepared]
         packs = pack(sizes, max_tokens=self.options.max_tokens, max_images=self.options.max_images)
         own = deal(packs, sizes, world_size=self.world_size)[self.rank]
@@ -121,10 +128,13 @@ class StepBuilder:
             for sample, images in (next(decoded) for _ in chosen or ()):
                 if isinstance(images, DataError):
                     damaged[sample.place] = str(images)
-                    self.quarantine.count_bad(self.shard_of(sample.slot), images)
+                    self._note(images)
                 else:
                     ready.append(ReadySample(sample.record.key, sample.text, images))
-            micro_batches.append(collate(ready, self.encoder))
+            batch = collate(ready, self.encoder)
+            # From pinned memory the engine's copy to a GPU waits for nobody. Asked here, not before: a process that has
+            # no GPU in use (planning, a CPU run on a GPU node) must not begin to.
+            micro_batches.append(batch.pin_memory() if torch.cuda.is_initialized() else batch)
         return BuiltStep(
             slots=tuple(slots),
             cursor=cursor,
@@ -142,24 +152,32 @@ class StepBuilder:
     def _prepare_all(
         self, slots: Sequence[Slot], excluded: Mapping[int, str]
     ) -> tuple[list[_Prepared], dict[int, str]]:
-        """The samples to pack, and place -> reason of the others."""
+        """The samples to pack, and place -> reason of the others. Within a step each sample is judged by itself."""
         unusable = dict(excluded)
         prepared: list[_Prepared] = []
-        in_quarantine = set(self.quarantine.reasons)  # as it is now: within a step each sample is judged by itself
         for place, slot in enumerate(slots):
             if place in excluded:
                 continue
-            shard = self.shard_of(slot)
-            if shard in in_quarantine:
-                unusable[place] = self.quarantine.describe(shard)
-                continue
-            self.quarantine.count_tried(shard)
             try:
                 prepared.append(self._prepare(place, slot))
             except DataError as error:
                 unusable[place] = str(error)
-                self.quarantine.count_bad(shard, error)
+                self._note(error)
         return prepared, unusable
+
+    def _in_quarantine(self, slots: Sequence[Slot]) -> dict[int, str]:
+        """Place -> reason of the samples whose shard is given up.
+
+        Steps are built in order, so these shards broke in earlier ones. A step that is built again does not ask: by
+        then later steps were built, and what they found must not reach back.
+        """
+        known = set(self.quarantine.reasons)
+        shards = ((place, self.shard_of(slot)) for place, slot in enumerate(slots)) if known else ()
+        return {place: self.quarantine.describe(shard) for place, shard in shards if shard in known}
+
+    def _note(self, error: DataError) -> None:
+        if isinstance(error, ShardError):
+            self.quarantine.add(error.shard, str(error))
 
     def _prepare(self, place: int, slot: Slot) -> _Prepared:
         record = self.index.read_record(slot.index)
@@ -179,18 +197,24 @@ class StepBuilder:
 
     def _pixels(self, sample: _Prepared, i: int, data: bytes) -> Tensor:
         where = sample.record.images[i].file
-        image = decode_image(data, max_pixels=self.options.max_image_pixels, where=where)
+        augmentation = None
         if self.augment:
-            image = augment_image(
-                image,
-                size=self.encoder.image_size,
+            augmentation = Augmentation(
                 horizontal_flip=self.options.horizontal_flip,
                 seed=self.seed,
                 epoch=sample.slot.epoch,
                 key=sample.record.key,
                 image_index=i,
             )
-        return self.encoder.pixel_values(image)
+        square = load_square(
+            data,
+            size=self.encoder.image_size,
+            augmentation=augmentation,
+            reduced=self.reduced_decode,
+            max_pixels=self.options.max_image_pixels,
+            where=where,
+        )
+        return self.encoder.pixel_values(square)
 
 
 def encode_checked(encoder: SampleEncoder, record: SampleRecord) -> EncodedText:

@@ -20,6 +20,7 @@ from samtrain.core.files import atomic_write_json
 from samtrain.core.sample import SampleRecord
 from samtrain.data.index import ShardIndex
 from samtrain.data.loader import read_for_generation
+from samtrain.data.mixture import SampleSet
 from samtrain.data.options import DataOptions
 from samtrain.evaluation.baselines import majority_answers
 from samtrain.evaluation.cleaning import clean, has_words
@@ -111,7 +112,7 @@ def evaluate_splits(
     options: EvaluationOptions,
     generation: GenerationOptions,
     data: DataOptions,
-    train: ShardIndex | None = None,
+    train: SampleSet | None = None,
     emit: Emit = discard,
 ) -> EvaluationResult:
     """Answer every sample of every split; to be called by all ranks, which all get the whole result.
@@ -142,7 +143,7 @@ def evaluate_splits(
     return EvaluationResult(rows, scores, majority_scores, shown)
 
 
-def _majority(train: ShardIndex | None) -> dict[str, str]:
+def _majority(train: SampleSet | None) -> dict[str, str]:
     """Task -> most frequent training answer; rank 0 reads the records for all."""
     found = None
     if train is not None and is_main_process():
@@ -150,7 +151,7 @@ def _majority(train: ShardIndex | None) -> dict[str, str]:
     return broadcast_object(found) or {}
 
 
-def _readable(train: ShardIndex) -> Iterator[SampleRecord]:
+def _readable(train: SampleSet) -> Iterator[SampleRecord]:
     """Records of the training set; those that cannot be read were skipped in training too, and named there."""
     for i in range(len(train)):
         with contextlib.suppress(DataError):

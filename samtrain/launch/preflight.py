@@ -7,12 +7,15 @@ import math
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
-from samtrain.core.errors import DataError, InputError
+from samtrain.core.errors import InputError
 from samtrain.core.events import Emit, message
 from samtrain.launch.output_dir import OutputDir, resolve_output_dir
 from samtrain.recipe import Recipe
+
+if TYPE_CHECKING:
+    from samtrain.data.mixture import SampleSet
 
 # A checkpoint holds the master copy and AdamW's two moments, in float32, of what trains.
 _CHECKPOINT_BYTES_PER_PARAMETER = 12
@@ -150,40 +153,46 @@ def _build_data(recipe: Recipe, *, emit: Emit) -> None:
 
 
 def _data_rows(recipe: Recipe) -> tuple[list[list[str]], int]:
-    from samtrain.data.index import ShardIndex
+    from samtrain.data.mixture import load_split, open_training_set
     from samtrain.data.preflight import check_budgets, largest_sample
     from samtrain.model.parts import build_processor
 
     data = recipe.data
     encoder = build_processor(recipe.model, image_size=data.image_size)
-    splits = [data.train_split, *([data.validation_split] if data.validation_split else []), *recipe.evaluation.splits]
-    indexes = {split: _load_split(recipe, split) for split in dict.fromkeys(splits)}
-    for split in splits[: 1 + bool(data.validation_split)]:  # the others are generated from, never packed
-        check_budgets(indexes[split], encoder, data)
-    train: ShardIndex = indexes[data.train_split]
+    train = open_training_set(data)
+    held_out = [*([data.validation_split] if data.validation_split else []), *recipe.evaluation.splits]
+    indexes = {split: load_split(data.path, split, key="data.path") for split in dict.fromkeys(held_out)}
+    check_budgets(train, encoder, data)
+    if data.validation_split:  # the others are generated from, never packed
+        check_budgets(indexes[data.validation_split], encoder, data)
     largest = largest_sample(train, encoder)
     steps_per_epoch = math.ceil(len(train) / recipe.train.global_batch_size)
-    sizes = ", ".join(f"{split} {len(index)}" for split, index in indexes.items())
-    rows = [
-        ["data", f"{data.path}: {sizes} samples; {steps_per_epoch} steps an epoch"],
+    sizes = [f"{split} {len(index)}" for split, index in indexes.items()]
+    if data.mixture:
+        rows = _mixture_rows(recipe, train, steps_per_epoch)
+        rows += [["held out", f"{data.path}: {', '.join(sizes)} samples"]] if sizes else []
+    else:
+        sizes = list(dict.fromkeys([f"{data.train_split} {len(train)}", *sizes]))
+        rows = [["data", f"{data.path}: {', '.join(sizes)} samples; {steps_per_epoch} steps an epoch"]]
+    rows.append(
         [
             "largest sample",
             f"{largest['key']}: {largest['num_tokens']} tokens, {largest['num_images']} images; "
             f"a pack holds {data.max_tokens} tokens, {data.max_images} images",
-        ],
-    ]
+        ]
+    )
     return rows, steps_per_epoch
 
 
-def _load_split(recipe: Recipe, split: str) -> Any:
-    from samtrain.data.index import ShardIndex
+def _mixture_rows(recipe: Recipe, train: "SampleSet", steps_per_epoch: int) -> list[list[str]]:
+    """What the weights come to: a small source with a large one is met more often than people think."""
+    from samtrain.data.mixture import shares_of, sources_of
 
-    folder = Path(recipe.data.path) / split
-    if not folder.is_dir():
-        there = sorted(path.name for path in Path(recipe.data.path).glob("*") if path.is_dir())
-        found = f"it holds {', '.join(there)}" if there else "it does not exist, or holds no folders"
-        raise DataError(
-            f"data.path: {recipe.data.path} has no split {split!r} ({found}); the recipe names splits in "
-            f"data.train_split, data.validation_split and evaluation.splits"
-        )
-    return ShardIndex.load(folder)
+    shares = shares_of(train)
+    met = recipe.total_steps(steps_per_epoch) * recipe.train.global_batch_size
+    rows = [["mixture", f"{len(train)} samples in all, {steps_per_epoch} steps an epoch"]]
+    for name, source in sources_of(train).items():
+        times = shares[name] * met / len(source)
+        share = f"{100 * shares[name]:.1f} % of those met, each {times:.1f} times in this run"
+        rows.append([f"  {name}", f"{source.folder}: {len(source)} samples, {share}"])
+    return rows

@@ -12,13 +12,12 @@ import pytest
 
 from samtrain.core.batch import IN_QUARANTINE
 from samtrain.core.errors import DataError, TrainingError
-from samtrain.data.agree import AgreedStep, StepAccounts
+from samtrain.data.agree import MIN_BAD, AgreedStep, StepAccounts
 from samtrain.data.index import INDEX_FILE, ShardError, ShardIndex
 from samtrain.data.ledger import Ledger
 from samtrain.data.loader import TrainLoader, evaluation_steps
 from samtrain.data.order import Slot
 from samtrain.data.preflight import check_budgets, largest_pack, largest_sample
-from samtrain.data.quarantine import MIN_BAD
 from samtrain.data.step import StepBuilder
 
 BATCH = 10
@@ -107,7 +106,7 @@ def test_the_samples_of_a_cut_shard_that_could_still_be_read_are_left_out_from_t
     [index.read_record(i) for i in range(100)]  # every shard is open
     entries = [entry for entry in index.entries if entry.shard == 3]
     cut(hundred / index.shards[3], keep=entries[-1].record[0])  # four whole samples are left
-    steps = epoch(make_loader(index, shuffle=False), 20)
+    steps = epoch(make_loader(index, shuffle="none"), 20)
     assert steps[1].skipped.keys() == {entries[-1].key}
     assert "the shard was cut off" in steps[1].quarantined[index.shards[3]]
     assert steps[11].skipped.keys() == shard_of(index, 3)
@@ -117,7 +116,7 @@ def test_a_broken_shard_that_is_too_much_of_the_set_stops_the_run_with_one_clear
     index = ShardIndex.load(hundred)
     for number in (3, 8):
         delete(hundred / index.shards[number])
-    loader = make_loader(index, max_bad_fraction=0.09, shuffle=False)
+    loader = make_loader(index, max_bad_fraction=0.09, shuffle="none")
     with loader, pytest.raises(TrainingError) as caught:
         for _ in range(10):
             next(loader)
@@ -130,7 +129,7 @@ def test_the_quarantine_counts_by_its_share_of_the_set_not_by_when_its_samples_a
     """All five samples of the shard are in the first step, half of what was seen then."""
     index = ShardIndex.load(hundred)
     delete(hundred / index.shards[0])
-    assert len(epoch(make_loader(index, shuffle=False, max_bad_fraction=0.06))) == 10
+    assert len(epoch(make_loader(index, shuffle="none", max_bad_fraction=0.06))) == 10
 
 
 def test_single_bad_samples_and_the_quarantine_count_together(hundred, make_loader):
@@ -138,9 +137,9 @@ def test_single_bad_samples_and_the_quarantine_count_together(hundred, make_load
     delete(hundred / index.shards[0])
     for i in (20, 30, 40):
         overwrite(index, i, b"garbage")
-    assert len(epoch(make_loader(index, shuffle=False, max_bad_fraction=0.08))) == 10
+    assert len(epoch(make_loader(index, shuffle="none", max_bad_fraction=0.08))) == 10
     with pytest.raises(TrainingError, match=r"3 of the \d+ samples seen.*5 of 100 samples"):
-        epoch(make_loader(index, shuffle=False, max_bad_fraction=0.07))
+        epoch(make_loader(index, shuffle="none", max_bad_fraction=0.07))
 
 
 def overwrite(index, i, content, image=0):
@@ -164,7 +163,7 @@ def test_a_shard_whose_samples_are_mostly_garbage_is_quarantined(write_set, make
     index = ShardIndex.load(write_set("zeroed", [1] * 100, max_samples_per_shard=20))
     path = index.folder / index.shards[1]
     path.write_bytes(bytes(path.stat().st_size))  # as a lost network write leaves it
-    steps = epoch(make_loader(index, shuffle=False, max_bad_fraction=0.5, global_batch_size=5), 20)
+    steps = epoch(make_loader(index, shuffle="none", max_bad_fraction=0.5, global_batch_size=5), 20)
     (name,) = [name for step in steps for name in step.quarantined]
     assert name == "shard-000001.tar"
     reasons = [reason for step in steps for reason in step.skipped.values()]
