@@ -11,8 +11,8 @@ class PartOptions(Options):
     """Where one part of the model comes from.
 
     model_name_or_path: a local folder or hub name; `packaged:NAME` for weights that a Python package ships
-        (packaged:efficientnet-lite0, packaged:minilm-l6, packaged:smollm2-135m-instruct); `timm:NAME` for a timm
-        backbone with random weights; null for random weights of `config`.
+        (packaged:efficientnet-lite0, packaged:minilm-l6, packaged:smollm2-135m-instruct); null for random weights
+        of `config`. A vision tower may be a timm checkpoint (`timm/NAME` on the hub).
     config: keys that replace those of the part's configuration (with `model_type` where there is no source).
     """
 

@@ -14,7 +14,6 @@ from samtrain.model.configuration import SamMllmConfig
 from samtrain.model.options import ModelOptions, PartOptions
 from samtrain.model.processing import SamMllmProcessor, build_image_processor
 
-TIMM_PREFIX = "timm:"
 WHOLE_MODELS = ("instructblip", "sam_mllm")  # folders that hold all parts
 _CLIP_MEAN = [0.48145466, 0.4578275, 0.40821073]
 _CLIP_STD = [0.26862954, 0.26130258, 0.27577711]
@@ -137,28 +136,27 @@ def _part_config(role: str, part: PartOptions, base: PretrainedConfig | None) ->
             raise ConfigError(f"model.{role}.config: {error}") from None
         _check_keys(defaults, overrides, where=f"model.{role}.config")
         return AutoConfig.for_model(model_type, **overrides)  # anew: some defaults follow from others
-    if source is not None and source.startswith(TIMM_PREFIX):
-        if role != "vision":
-            raise ConfigError(f"model.{role}.model_name_or_path: {source}: timm has vision towers only")
-        _check_timm(source)
-        architecture = source.removeprefix(TIMM_PREFIX)
-        return AutoConfig.for_model("timm_wrapper", architecture=architecture, model_args=overrides or None)
     config = read_config(source) if source is not None else getattr(base, key)
     if hasattr(config, key):  # a whole model, or CLIP's two towers
         config = getattr(config, key)
+    if config.model_type == "timm_wrapper":
+        _check_timm(source)
+        # timm saves the number of classes too, which transformers passes a second time.
+        config.model_args = {k: v for k, v in (config.model_args or {}).items() if k != "num_classes"}
     if role == "qformer" and config.model_type != "instructblip_qformer":
         config = _qformer_like_bert(config, source=str(source))
     return _override(config, overrides, where=f"model.{role}.config")
 
 
-def _check_timm(source: str) -> None:
+def _check_timm(source: str | None) -> None:
+    """transformers wraps timm's nets, which it must be able to import."""
     try:
-        import timm
+        import timm  # noqa: F401
     except (ImportError, RuntimeError) as error:  # a torchvision of another build raises RuntimeError
         raise ConfigError(
-            f"model.vision.model_name_or_path: {source} needs timm and a torchvision of torch's own build: {error}"
+            f"model.vision.model_name_or_path: {source} is a timm checkpoint, which needs timm and a torchvision of "
+            f"torch's own build: {error}"
         ) from None
-    del timm
 
 
 def _override(config: PretrainedConfig, overrides: dict[str, Any], *, where: str) -> PretrainedConfig:
@@ -222,7 +220,7 @@ def _largest_id(tokenizer: Any, *, but: str | None = None) -> int:
 def _mean_and_std(options: ModelOptions) -> tuple[list[float], list[float]]:
     """Normalisation of the vision tower's source where it says, else CLIP's (InstructBLIP's tower is CLIP's)."""
     source = options.vision.model_name_or_path or options.model_name_or_path
-    if source is not None and not source.startswith(TIMM_PREFIX):
+    if source is not None:
         for name in ("preprocessor_config.json", "processor_config.json"):
             file: Path = resolve_folder(source) / name
             if file.is_file():
@@ -230,4 +228,7 @@ def _mean_and_std(options: ModelOptions) -> tuple[list[float], list[float]]:
                 values = values.get("image_processor", values)
                 if "image_mean" in values and "image_std" in values:
                     return values["image_mean"], values["image_std"]
+        timm = getattr(read_config(source), "pretrained_cfg", None) or {}
+        if "mean" in timm and "std" in timm:
+            return list(timm["mean"]), list(timm["std"])
     return _CLIP_MEAN, _CLIP_STD

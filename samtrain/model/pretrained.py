@@ -23,7 +23,7 @@ from samtrain.model.checkpoints import (
 )
 from samtrain.model.freezing import PARTS, part_of
 from samtrain.model.options import ModelOptions
-from samtrain.model.parts import TIMM_PREFIX, WHOLE_MODELS, read_config
+from samtrain.model.parts import WHOLE_MODELS, read_config
 
 
 @dataclass
@@ -143,7 +143,7 @@ def _sources(
         ("qformer", ("qformer.", "query_tokens"), options.qformer),
         ("language_model", ("language_model.",), options.language_model),
     ):
-        if part.model_name_or_path is None or part.model_name_or_path.startswith(TIMM_PREFIX):
+        if part.model_name_or_path is None:
             continue
         found = {n: r for n, r in found.items() if part_of(n) != part_name}
         report.parts[part_name] = PartReport(source=part.model_name_or_path)
@@ -178,7 +178,7 @@ def _part_tensors(
 def _place(name: str, prefix: str, targets: dict[str, Tensor]) -> str:
     """The model's name of a tensor of a single-part checkpoint, saved with or without its base model's prefix."""
     candidates = [prefix + name, prefix + name.partition(".")[2]]
-    candidates += [f"{prefix}{base}.{name}" for base in ("model", "transformer", "vision_model")]
+    candidates += [f"{prefix}{base}.{name}" for base in ("model", "transformer", "vision_model", "timm_model")]
     return next((c for c in candidates if c in targets), candidates[0])
 
 
