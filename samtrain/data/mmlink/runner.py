@@ -68,8 +68,9 @@ class LocalBackend:
 
 @dataclass
 class StageReport:
-    """Counts and times of a stage. seconds: by the clock; work_seconds: of all workers together, cpu_seconds of them on
-    a core (a model's own threads and a GPU do not count)."""
+    """Counts and times of a stage. seconds: by the clock, of this build; work_seconds: what its results took, those of
+    earlier builds included, all workers together; cpu_seconds of them on a core (a model's own threads and a GPU do not
+    count)."""
 
     jobs: int = 0
     found: int = 0  # done before, by this build or by an earlier one
@@ -83,7 +84,7 @@ class StageReport:
     usage: dict[str, Any] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
-        worked = self.done + self.rejected + self.failed
+        worked = self.found + self.done + self.rejected + self.failed
         return {
             "jobs": self.jobs,
             "found": self.found,
@@ -121,6 +122,7 @@ class StageRunner:
         kept = self.store.scan(stage)
         results = {job.key: kept[job.key] for job in unique if job.key in kept}
         report.found = len(results)
+        report.work_seconds, report.cpu_seconds = self.store.took(results.values())
         missing = [job for job in unique if job.key not in kept]
         if missing:
             self.progress(stage, len(results), len(unique))

@@ -20,7 +20,7 @@ from samtrain.core.seeds import derive_seed
 from samtrain.data.mini.stories.stock import recoloured
 from samtrain.data.mmlink.captions import build_captioner
 from samtrain.data.mmlink.compose import compose_grid, compose_scene
-from samtrain.data.mmlink.fill import NEEDS_PLATES, Background, build_filler
+from samtrain.data.mmlink.fill import Background, build_filler
 from samtrain.data.mmlink.fill.photographs import contrast
 from samtrain.data.mmlink.fill.plain import on_plain
 from samtrain.data.mmlink.fill.plates import clean_plate
@@ -37,9 +37,8 @@ DONE, REJECTED, FAILED, FATAL = "done", "rejected", "failed", "fatal"
 PICTURE = "picture.png"
 _CACHED_PICTURES = 512
 
-Row = dict[
-    str, Any
-]  # key, status, ref, reason, seconds, error (name of its class), usage (of the stage's model so far)
+# key, status, ref, reason, seconds, cpu_seconds, error (name of its class), usage (of the stage's model so far)
+Row = dict[str, Any]
 Handler = Callable[[dict[str, Any]], Blobs]
 
 
@@ -67,7 +66,8 @@ class StageWorker:
             outcomes = [_outcome(handler, job) for job in jobs]
         kept = [(row["key"], blobs) for row, blobs in outcomes if blobs is not None]
         try:
-            refs = dict(zip((key for key, _ in kept), self.store.write(self.stage, kept)))
+            times = {row["key"]: (round(row["seconds"], 4), round(row["cpu_seconds"], 4)) for row, _ in outcomes}
+            refs = dict(zip((key for key, _ in kept), self.store.write(self.stage, kept, times)))
         except OSError as error:
             return [_row(job, SamtrainError(f"cannot write to {self.store.work}: {error}"), _Watch()) for job in jobs]
         usage = self._tools.usage()
@@ -241,10 +241,6 @@ class _Tools:
     def _write(self, payload: dict[str, Any]) -> Blobs:
         text = self.writer.write(Facts.from_dict(payload["facts"]))
         return {META: _json({"instruction": text.instruction, "answer": text.answer})}
-
-
-def needs_plates(config: BuildConfig) -> bool:
-    return config.fill.kind in NEEDS_PLATES
 
 
 def _json(values: dict[str, Any]) -> bytes:

@@ -1,6 +1,6 @@
 """Results of stages on disk, by key: what is there is not done again.
 
-    WORK/STAGE/SEGMENT.zip      the results of one batch; members KEY/NAME
+    WORK/STAGE/SEGMENT.zip      the results of one batch; members KEY/NAME, and times.json: what each took
 
 A segment is written beside, flushed and renamed, so after kill -9 it is whole or absent; what it costs is the batches
 that were under way. Segments are plain zip files: any tool shows what a stage made, and every read checks the CRC.
@@ -13,7 +13,7 @@ import time
 import uuid
 import zipfile
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +22,14 @@ from samtrain.core.files import atomic_write
 from samtrain.core.log import logger
 
 META = "meta.json"
+_TIMES = "times.json"
 _SUFFIX = ".zip"
 _MAX_OPEN = 128
 _LEFTOVER_SECONDS = 600
 
 Blobs = dict[str, bytes]
 Ref = str  # "STAGE/SEGMENT.zip:KEY"
+Times = dict[str, tuple[float, float]]  # key -> seconds by the clock, seconds on a core
 
 
 class Store:
@@ -51,12 +53,13 @@ class Store:
                 logger.warning("%s: damaged (%s); set aside as %s, its work is done again", path, error, aside.name)
                 continue
             for name in names:
-                key = name.partition("/")[0]
-                found.setdefault(key, f"{stage}/{path.name}:{key}")
+                key, _, member = name.partition("/")
+                if member:
+                    found.setdefault(key, f"{stage}/{path.name}:{key}")
         return found
 
-    def write(self, stage: str, results: Sequence[tuple[str, Blobs]]) -> list[Ref]:
-        """Write the results of a batch as one segment; returns their refs, in order."""
+    def write(self, stage: str, results: Sequence[tuple[str, Blobs]], times: Times | None = None) -> list[Ref]:
+        """Write the results of a batch, and what they took, as one segment; returns their refs, in order."""
         if not results:
             return []
         name = f"{uuid.uuid4().hex[:16]}{_SUFFIX}"
@@ -65,6 +68,7 @@ class Store:
             for key, blobs in results:
                 for blob_name, data in blobs.items():
                     archive.writestr(zipfile.ZipInfo(f"{key}/{blob_name}"), data)
+            archive.writestr(zipfile.ZipInfo(_TIMES), json.dumps(times or {}))
         atomic_write(self.work / stage / name, stream.getvalue())
         return [f"{stage}/{name}:{key}" for key, _ in results]
 
@@ -88,9 +92,22 @@ class Store:
         values: dict[str, Any] = json.loads(self.read(ref, META))
         return values
 
-    def metas(self, refs: Iterable[Ref]) -> Iterator[dict[str, Any]]:
-        """`meta` of many, each segment opened once at a time where refs are sorted."""
-        return (self.meta(ref) for ref in refs)
+    def took(self, refs: Iterable[Ref]) -> tuple[float, float]:
+        """Seconds by the clock and on a core that results took, whichever build made them."""
+        keys: dict[str, list[str]] = {}
+        for ref in refs:
+            segment, _, key = ref.partition(":")
+            keys.setdefault(segment, []).append(key)
+        total = [0.0, 0.0]
+        for segment, members in keys.items():
+            try:
+                times: Times = json.loads(self._archive(segment).read(_TIMES))
+            except (KeyError, ValueError, OSError, zipfile.BadZipFile):
+                continue  # times are for the report alone
+            for key in members:
+                for i, seconds in enumerate(times.get(key, (0.0, 0.0))):
+                    total[i] += seconds
+        return total[0], total[1]
 
     def close(self) -> None:
         while self._open:

@@ -11,9 +11,10 @@ import webdataset
 from samtrain.core.errors import DataError
 from samtrain.data import parallel
 from samtrain.data.index import ShardIndex
-from samtrain.data.mini import build_mini, contact_sheet, sources
+from samtrain.data.mini import build_mini, sources
 from samtrain.data.mini.build import REPORT_FILE
 from samtrain.data.options import MiniOptions
+from samtrain.data.sheet import contact_sheet
 
 SPLITS = ("train", "validation", "test_style", "test_combination", "test_identity")
 

@@ -19,6 +19,15 @@ def test_what_is_written_is_found_by_another_process_s_store(tmp_path: Path) -> 
         other.read(refs[1], "0.jpg")
 
 
+def test_what_results_took_is_known_to_later_builds(tmp_path: Path) -> None:
+    refs = Store(tmp_path).write(
+        "fill", [("a", {META: b"{}"}), ("b", {META: b"{}"})], {"a": (2.0, 1.0), "b": (4.0, 3.0)}
+    )
+    others = Store(tmp_path).write("fill", [("c", {META: b"{}"})])  # by whoever kept no times
+    assert Store(tmp_path).took(refs) == (6.0, 4.0)
+    assert Store(tmp_path).took([refs[1], *others]) == (4.0, 3.0)
+
+
 def test_a_torn_segment_is_set_aside_and_the_others_are_kept(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     store = Store(tmp_path)
     (first,) = store.write("read", [("a", {META: b"{}"})])

@@ -85,7 +85,7 @@ def write_stock(path: Path, tree: FileTree, library: Library, *, progress: Progr
     for held_out, names in landscapes.items():
         if not names:
             raise UnusableStories(f"no landscape for {held_out} in core/images/story")
-    colours, more_skipped = _team_colours(tree)
+    colours, more_skipped = team_colours(tree)
     skipped |= more_skipped
     table = {
         "windows": {split: [asdict(window) for window in windows] for split, windows in splits.items()},
@@ -253,7 +253,7 @@ def _open_image(tree: FileTree, name: str, *, formats: tuple[str, ...]) -> Image
         return image.copy()
 
 
-def _team_colours(tree: FileTree) -> tuple[dict[str, Any], dict[str, str]]:
+def team_colours(tree: FileTree) -> tuple[dict[str, Any], dict[str, str]]:
     """The palette that sprites are painted in, and the ranges of the armies 1, 2, ...; empty where nothing says."""
     reader = Reader(tree)
     reader.include("core/team-colors.cfg")

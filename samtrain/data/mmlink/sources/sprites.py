@@ -4,7 +4,7 @@ from pathlib import Path
 
 from samtrain.core.errors import DataError
 from samtrain.data.mini.stories.installed import INSTALL, find_source, searched
-from samtrain.data.mini.stories.stock import _team_colours
+from samtrain.data.mini.stories.stock import team_colours
 from samtrain.data.mini.stories.units import UnitTypes
 from samtrain.data.mini.stories.wml import FileTree, Node, Reader
 from samtrain.data.mini.vocabulary import stable_fraction
@@ -49,7 +49,7 @@ def collect(options: SpritesOptions, *, where: str, cache: Path, progress: Progr
         {node.values["id"] for document in units.documents for node in document.root.walk() if _is_unit(node)},
         key=lambda name: (stable_fraction("mmlink sprites", name), name),
     )
-    colours, no_colours = _team_colours(tree)
+    colours, no_colours = team_colours(tree)
     listing.skipped |= no_colours
     taken: set[str] = set()
     for name in names:

@@ -16,10 +16,11 @@ from samtrain.core.options import parse_options
 from samtrain.core.sample import SampleRecord
 from samtrain.data import parallel
 from samtrain.data.index import ShardIndex
-from samtrain.data.mini import build_mini, contact_sheet, sources
+from samtrain.data.mini import build_mini, sources
 from samtrain.data.mini.build import REPORT_FILE
 from samtrain.data.mini.stories import STORY_SPLITS, installed
 from samtrain.data.options import MiniOptions
+from samtrain.data.sheet import contact_sheet
 
 SPLITS = ("train", "validation", "test_style", "test_combination", "test_identity")
 SMALL = {"num_train": 3, "num_eval": 1, "max_identities": 24, "seed": 3}
