@@ -30,6 +30,7 @@ setup(
         "rich",
         "numpy",
         "pillow",
+        "simplejpeg",
         "matplotlib",
         "rouge==1.0.1",
         "pycocoevalcap==1.2",

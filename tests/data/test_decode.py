@@ -5,10 +5,11 @@ import zlib
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageOps
 
 from samtrain.core.errors import DataError
-from samtrain.data.decode import _random_crop, augment_image, decode_image
+from samtrain.data import decode as decode_module
+from samtrain.data.decode import EncodedPicture, decode_image
 
 RED, WHITE = (255, 0, 0), (255, 255, 255)
 
@@ -122,52 +123,83 @@ def test_random_bytes_and_mutations_never_raise_anything_but_data_errors():
                 decode(bytes(data))
 
 
-def augmented(image, **changes):
-    values = {"size": 32, "horizontal_flip": True, "seed": 1, "epoch": 0, "key": "k", "image_index": 0} | changes
-    return np.array(augment_image(image, **values))
+def natural(width, height, seed=0):
+    """A picture with the spectrum of photographs: amplitude falls with the frequency."""
+    draw = np.random.default_rng(seed)
+    rows, columns = np.fft.fftfreq(height)[:, None], np.fft.rfftfreq(width)[None]
+    frequency = np.maximum(np.hypot(rows, columns), 1 / max(width, height))
+    channels = [
+        np.fft.irfft2(np.fft.rfft2(draw.standard_normal((height, width))) / frequency, s=(height, width))
+        for _ in range(3)
+    ]
+    pixels = np.stack(channels, axis=2)
+    return Image.fromarray((128 + 45 * pixels / pixels.std()).clip(0, 255).astype(np.uint8))
 
 
-@pytest.fixture
-def picture():
-    return Image.fromarray(np.random.default_rng(2).integers(0, 256, (40, 60, 3), dtype=np.uint8))
+JPEG_KINDS = {
+    "ordinary": ({}, "RGB"),
+    "progressive": ({"progressive": True}, "RGB"),
+    "full colour resolution": ({"subsampling": 0}, "RGB"),
+    "stored as RGB": ({"keep_rgb": True}, "RGB"),
+    "restart markers": ({"restart_marker_rows": 1}, "RGB"),
+    "grey": ({}, "L"),
+    "four inks": ({}, "CMYK"),
+}
 
 
-def test_augmentation_is_a_function_of_seed_epoch_key_and_image(picture):
-    first = augmented(picture)
-    assert first.shape == (32, 32, 3)
-    assert np.array_equal(first, augmented(picture))
-    for change in ({"seed": 2}, {"epoch": 1}, {"key": "l"}, {"image_index": 1}):
-        assert not np.array_equal(first, augmented(picture, **change))
+@pytest.mark.parametrize("kind", JPEG_KINDS)
+@pytest.mark.parametrize("reduction", [1, 2, 4, 8])
+def test_pixels_are_pils_at_every_reduction(kind, reduction):
+    options, mode = JPEG_KINDS[kind]
+    data = encoded(natural(307, 243).convert(mode), "JPEG", **options)
+    pixels, done = EncodedPicture(data, max_pixels=10**6, where="k").pixels(reduction=reduction)
+    assert done == (1 if mode == "CMYK" else reduction)  # which is decoded by PIL, in full
+    with Image.open(io.BytesIO(data)) as expected:
+        expected.draft(None, (307 // done, 243 // done))
+        assert np.array_equal(pixels, expected.convert("RGB"))
 
 
-def test_crops_stay_inside_and_keep_the_authors_scale_and_ratio():
-    import random
-
-    draw = random.Random(0)
-    boxes = [_random_crop(400, 300, draw) for _ in range(2000)]
-    for left, top, right, bottom in boxes:
-        assert 0 <= left < right <= 400 and 0 <= top < bottom <= 300
-        assert 0.745 < (right - left) / (bottom - top) < 1.345  # 3/4 to 4/3, rounded to pixels
-    areas = np.array([(r - x) * (b - t) / 120_000 for x, t, r, b in boxes])
-    assert 0.495 < areas.min() < 0.52 and 0.95 < areas.max() <= 1
-    assert {left for left, *_ in boxes} > {0, 1, 2, 3} and {top for _, top, *_ in boxes} > {0, 1, 2, 3}
-
-
-@pytest.mark.parametrize("size", [(1, 1), (1, 500), (500, 1), (3, 2)])
-def test_extreme_shapes_have_a_crop(size):
-    import random
-
-    for seed in range(20):
-        left, top, right, bottom = _random_crop(*size, random.Random(seed))
-        assert 0 <= left < right <= size[0] and 0 <= top < bottom <= size[1]
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("reduction", [1, 2])
+def test_every_orientation_is_turned_as_pil_turns_it(orientation, reduction):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    data = encoded(natural(64, 48), "JPEG", exif=exif)
+    picture = EncodedPicture(data, max_pixels=10**6, where="k")
+    pixels, done = picture.pixels(reduction=reduction)
+    with Image.open(io.BytesIO(data)) as stored:
+        stored.draft(None, (64 // reduction, 48 // reduction))
+        expected = ImageOps.exif_transpose(stored)
+    assert done == reduction and np.array_equal(pixels, expected)
+    assert (picture.width, picture.height) == ((64, 48) if orientation < 5 else (48, 64))
 
 
-def test_half_of_the_pictures_are_flipped_and_none_when_forbidden(picture):
-    flips = 0
-    for seed in range(200):
-        plain = augmented(picture, seed=seed, horizontal_flip=False)
-        allowed = augmented(picture, seed=seed, horizontal_flip=True)
-        if not np.array_equal(plain, allowed):
-            assert np.array_equal(plain[:, ::-1], allowed)
-            flips += 1
-    assert 70 < flips < 130  # 100 expected, 4 standard deviations
+def test_of_several_pictures_in_one_file_the_first_is_read():
+    data = encoded(natural(40, 32), "MPO", save_all=True, append_images=[Image.new("RGB", (40, 32), RED)])
+    pixels, done = EncodedPicture(data, max_pixels=10**6, where="k").pixels(reduction=2)
+    first = np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
+    assert done == 1 and np.array_equal(pixels, first)
+
+
+def test_other_formats_are_decoded_in_full():
+    for image_format in ("PNG", "WEBP"):
+        data = encoded(natural(64, 48), image_format)
+        pixels, done = EncodedPicture(data, max_pixels=10**6, where="k").pixels(reduction=2)
+        assert done == 1 and pixels.shape == (48, 64, 3)
+
+
+def test_what_pil_forgives_is_decoded_though_the_fast_decoder_refuses_it():
+    data = encoded(natural(64, 48), "JPEG")
+    start = data.index(b"\xff\xda")
+    forgiven = data[:start] + b"\x00" + data[start:]  # a stray byte between segments
+    with pytest.raises(ValueError, match="extraneous"):
+        decode_module.simplejpeg.decode_jpeg(forgiven)
+    with Image.open(io.BytesIO(data)) as whole:
+        assert np.array_equal(decode(forgiven), whole)
+
+
+def test_a_header_that_the_decoders_read_differently_is_left_to_pil(monkeypatch):
+    data = encoded(natural(64, 48), "JPEG")
+    monkeypatch.setattr(decode_module.simplejpeg, "decode_jpeg_header", lambda data: (4800, 6400, "YCbCr", "420"))
+    monkeypatch.setattr(decode_module.simplejpeg, "decode_jpeg", lambda *_, **__: pytest.fail("was not allowed"))
+    assert decode(data).size == (64, 48)
