@@ -47,7 +47,8 @@ def run_build(config: Path, overrides: list[str]) -> dict[str, Any]:
 
 def summary(report: dict[str, Any]) -> str:
     """The report in a few lines."""
-    lines = [
+    lines = ["complete already: nothing was to be done; this is how it was built"] if report["reused"] else []
+    lines += [
         f"{'stage':>10} {'jobs':>7} {'found':>7} {'done':>7} {'rejected':>8} {'failed':>6} "
         f"{'seconds':>9} {'ms/item':>8} {'cpu ms':>8}"
     ]

@@ -43,11 +43,15 @@ class EmojiOptions(Options):
 
 
 class SpritesOptions(Options):
-    """Characters of the game "Battle for Wesnoth" in several poses. path: its folder; null = the usual places."""
+    """Characters of the game "Battle for Wesnoth" in several poses. path: its folder; null = the usual places.
+
+    max_poses: of one character, spread over its animations: frames beside each other differ little.
+    """
 
     path: str | None = None
     required: bool = False
     max_identities: int | None = Field(default=None, ge=1)
+    max_poses: int | None = Field(default=None, ge=2)
 
 
 class StampsOptions(Options):

@@ -91,10 +91,11 @@ class Catalog:
         self.shares = {name: share for name, share in options.splits.model_dump().items() if share > 0}
         self.by_role: dict[str, dict[str, dict[str, list[Usable]]]] = {}  # role -> split -> identity -> pictures
         self.same_poses = 0
+        groups: dict[str, str] = {}  # identity -> what its split goes by; views of one thing may be named differently
         for item in usable:
             picture = item.picture
             group = picture.identity if picture.role in (COVER, BACKGROUND) else head_word(picture.name)
-            split = split_of(group, self.shares)
+            split = split_of(groups.setdefault(picture.identity, group), self.shares)
             pictures = self.by_role.setdefault(picture.role, {}).setdefault(split, {}).setdefault(picture.identity, [])
             if self._is_same_pose(item, pictures):
                 self.same_poses += 1
@@ -242,21 +243,37 @@ class IconPlanner(_Planner):
         rng = self.rng(number)
         target = self.in_turn(self.icons, number)
         low, high = self.options.compose.grid
-        sides = [side for side in range(low, high + 1) if 2 * (side * side - 1) < len(self.icons)]
+        others = self._others(target, 2 * (high * high - 1), rng)
+        sides = [side for side in range(low, high + 1) if 2 * (side * side - 1) <= len(others)]
+        if not sides:
+            raise self.lacking(f"{len(others)} icons unlike {target[0].picture.name} by name", f"{self.needed - 1}")
         side = sides[int(rng.integers(len(sides)))]
         same_style = rng.random() < 0.5
         first = target[int(rng.integers(len(target)))]
         second = first if same_style else target[int(rng.integers(len(target)))]
-        others = [items for items in self.icons if items is not target]
-        rest = [others[int(i)] for i in rng.permutation(len(others))[: 2 * (side * side - 1)]]
+        count = side * side - 1
         canvases, targets = [], []
-        for shown, beside in zip((first, second), (rest[: side * side - 1], rest[side * side - 1 :])):
+        for shown, beside in zip((first, second), (others[:count], others[count : 2 * count])):
             cells = [_in_style(items, shown.picture.pose, rng) for items in beside]
             place = int(rng.integers(side * side))
             cells.insert(place, shown)
             canvases.append(tuple(_thing(item) for item in cells))
             targets.append(place)
         return self.finished(number, canvases=tuple(canvases), targets=tuple(targets), grid=side)
+
+    def _others(self, target: list[Usable], most: int, rng: np.random.Generator) -> list[list[Usable]]:
+        """Icons of which no two, and none with the target, share a word: a boat and a motor boat would be one too."""
+        words = set(content_words(target[0].picture.name))
+        found: list[list[Usable]] = []
+        for i in rng.permutation(len(self.icons)):
+            items = self.icons[int(i)]
+            named = content_words(items[0].picture.name)
+            if items is not target and not named & words:
+                found.append(items)
+                words |= named
+                if len(found) == most:
+                    break
+        return found
 
 
 class CoverPlanner(_Planner):

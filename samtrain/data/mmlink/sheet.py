@@ -1,12 +1,11 @@
 """Pictures for people: samples of the finished set, and how some of them came about."""
 
 import io
-import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 
 from samtrain.core.seeds import derive_seed
 from samtrain.data.index import ShardIndex
@@ -14,15 +13,15 @@ from samtrain.data.mmlink.filters import Finished
 from samtrain.data.mmlink.options import OBJECTS
 from samtrain.data.mmlink.pictures import flattened, from_png
 from samtrain.data.mmlink.store import Store
+from samtrain.data.sheet import ShownSample, draw_samples, read_sample, save_sheet
 
-_CELL, _GAP, _LINE, _LINES = 150, 6, 13, 6
-_SAMPLES_PER_ROW = 3
-_PICTURES = 3  # of a sample that are shown
+_CELL, _GAP = 150, 6  # pixels, of the sheet of stages
+_ACROSS = 3  # samples beside each other
 
 
 def contact_sheet(folder: Path, path: Path, *, seed: int, num_samples: int = 24) -> None:
     """Samples of all splits and domains, drawn at random, with their texts."""
-    chosen: list[tuple[ShardIndex, int]] = []
+    chosen: list[ShownSample] = []
     indices = [ShardIndex.load(split.parent) for split in sorted(folder.glob("*/index.json"))]
     for index in indices:
         rng = np.random.default_rng(derive_seed("sheet", seed, index.folder.name))
@@ -32,26 +31,15 @@ def contact_sheet(folder: Path, path: Path, *, seed: int, num_samples: int = 24)
         share = num_samples * len(index) / sum(map(len, indices))
         for members in by_task.values():
             count = min(len(members), max(1, round(share * len(members) / len(index))))
-            chosen += [(index, members[int(i)]) for i in rng.permutation(len(members))[:count]]
-    width = _PICTURES * (_CELL + _GAP) + _GAP
-    height = _CELL + _LINES * _LINE + 2 * _GAP
-    rows = -(-len(chosen) // _SAMPLES_PER_ROW)
-    sheet = Image.new("RGB", (_SAMPLES_PER_ROW * width, max(1, rows) * height), "white")
-    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(size=11)
-    for number, (index, i) in enumerate(chosen):
-        left, top = number % _SAMPLES_PER_ROW * width, number // _SAMPLES_PER_ROW * height
-        record, images = index.read_sample(i)
-        for column, data in enumerate(images[:_PICTURES]):
-            with Image.open(io.BytesIO(data)) as opened:
-                _put(sheet, opened.convert("RGB"), left + _GAP + column * (_CELL + _GAP), top + _GAP)
-        lines = [record.key]
-        lines += textwrap.wrap(record.instruction, 78)[:2] + textwrap.wrap(f"-> {record.output}", 78)[:3]
-        for line_number, line in enumerate(lines):
-            at = (left + _GAP, top + _CELL + _GAP + 2 + _LINE * line_number)
-            draw.text(at, line, fill="grey" if not line_number else "black", font=font)
-    sheet.save(path, "PNG", compress_level=3)
-    for index in indices:
+            chosen += [read_sample(index, members[int(i)]) for i in rng.permutation(len(members))[:count]]
         index.close()
+    parts = [draw_samples(chosen[i::_ACROSS], columns=3) for i in range(min(_ACROSS, len(chosen)))]
+    sheet = Image.new("RGB", (sum(part.width for part in parts), max(part.height for part in parts)), "white")
+    left = 0
+    for part in parts:
+        sheet.paste(part, (left, 0))
+        left += part.width
+    save_sheet(sheet, path)
 
 
 def stages_sheet(samples: Sequence[Finished], store: Store, path: Path, *, num_rows: int = 10) -> None:

@@ -35,7 +35,7 @@ from samtrain.data.mmlink.store import META, Blobs, Store
 
 DONE, REJECTED, FAILED, FATAL = "done", "rejected", "failed", "fatal"
 PICTURE = "picture.png"
-_CACHED_PICTURES = 512
+_CACHE_BYTES = 256 * 2**20  # of decoded pictures a worker keeps
 
 # key, status, ref, reason, seconds, cpu_seconds, error (name of its class), usage (of the stage's model so far)
 Row = dict[str, Any]
@@ -120,7 +120,11 @@ class _Tools:
         self.threads = 1
         self.writer: Any = None
         self.handler: Handler = getattr(self, f"_{stage}")
-        self.picture = lru_cache(maxsize=_CACHED_PICTURES)(self._picture)
+        # Stages that read a picture once keep none.
+        pictures = config.build.pictures
+        side = {"compose": pictures.max_side, "fill": pictures.max_background_side}.get(stage)
+        kept = 0 if side is None else max(1, _CACHE_BYTES // (4 * side * side))
+        self.picture = lru_cache(maxsize=kept)(self._picture)
         self.archive = lru_cache(maxsize=8)(zipfile.ZipFile)  # its table of contents is read once
         if stage == "segment":
             self.segmenter: Any = build_segmenter(config.segment)

@@ -21,6 +21,7 @@ from samtrain.core.errors import DataError, SamtrainError
 from samtrain.data.index import ShardIndex
 from samtrain.data.loader import TrainLoader
 from samtrain.data.mmlink.build import build_mmlink
+from samtrain.data.mmlink.command import summary
 from samtrain.data.mmlink.language.chat import BudgetExhausted
 from samtrain.data.mmlink.options import parse_config
 from samtrain.data.mmlink.store import Store
@@ -154,6 +155,7 @@ def test_a_finished_set_is_found_and_another_configuration_is_refused(
     _, values, report = built
     found = build(values | {"execution": {"backend": "local", "num_cpus": 1}})
     assert found["reused"] and digests(found) == digests(report)
+    assert "nothing was to be done" in summary(found) and "nothing was to be done" not in summary(report)
     with pytest.raises(DataError, match=r"another configuration \(different: seed\)"):
         build(values | {"seed": 9})
 
@@ -215,7 +217,8 @@ def test_ray_goes_on_where_one_process_stopped_and_ends_with_the_same_set(
 def test_only_what_depends_on_a_change_is_made_again(values: dict[str, Any], tmp_path: Path) -> None:
     build(values)
     again = build(values | {"output": str(tmp_path / "again")})
-    assert all(row["found"] == row["jobs"] for row in again["stages"].values())
+    assert all(row["found"] == row["jobs"] and row["work_seconds"] >= 0 for row in again["stages"].values())
+    assert again["stages"]["fill"]["cpu_seconds"] > 0  # what the build before took
     other = build(values | {"output": str(tmp_path / "other"), "fill": {"kind": "photographs"}})
     redone = {name for name, row in other["stages"].items() if row["done"]}
     assert redone == {"fill"}

@@ -115,6 +115,31 @@ def test_an_identity_is_in_one_split_alone_and_so_is_everything_of_its_kind(plan
     assert {split for splits in seen.values() for split in splits} == {"train", "test"}
 
 
+def test_views_of_one_thing_that_are_named_differently_stay_in_one_split() -> None:
+    """What a set's metadata may do: "a gray sofa" from the front is "a couch" from the side."""
+    items = [
+        usable("object", f"thing-{i}", str(pose), name=f"a word{i + 50 * pose}") for i in range(40) for pose in (0, 1)
+    ]
+    catalog = Catalog(items, options())
+    train, test = (set(catalog.identities("object", split)) for split in ("train", "test"))
+    assert train and test and not train & test and len(train | test) == 40
+
+
+def test_icons_of_a_sample_share_no_word() -> None:
+    colours = ("red", "blue", "green", "black")
+    names = [f"{colour} {shape}" for colour in colours for shape in (*SHAPES, *SHAPES_MORE)]
+    given = options(
+        splits={"train": 1.0, "validation": 0.0, "test": 0.0}, domains={"objects": 0, "icons": 1, "covers": 0}
+    )
+    with pytest.raises(DataError, match=r"3 icons unlike a (red|blue|green|black) .* by name"):
+        make_plans(Catalog([usable("icon", name, "flat") for name in names], given), given)
+    mixed = [*names, *SHAPES_MORE]
+    for plan in make_plans(Catalog([usable("icon", name, "flat") for name in mixed], given), given):
+        words = [word for canvas in plan.canvases for thing in canvas for word in content_words(thing.name)]
+        target = content_words(plan.target.name)
+        assert Counter(words) == {word: 1 + (word in target) for word in words}
+
+
 def test_every_identity_serves_about_equally_often(plans: list[Plan]) -> None:
     counts = Counter(plan.target.identity for plan in plans if (plan.domain, plan.split) == ("objects", "train"))
     assert max(counts.values()) - min(counts.values()) <= 1

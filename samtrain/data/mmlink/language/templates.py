@@ -39,7 +39,7 @@ _OBJECTS: tuple[tuple[str, str], ...] = (
     ("Identify the thing that {pics} share.", "They share {a}."),
     ("Name the one thing that keeps coming back.", "{A} keep{s} coming back."),
     ("Look at {pics}. What can be seen in each of them?", "{A} can be seen in each of them."),
-    ("One object is shown more than once, in different poses. Which one?", "{It} {is} {a}, shown in different poses."),
+    ("One object is shown more than once, never quite the same. Which one?", "{It} {is} {a}."),
     ("Which object do {pics} show, and what stands beside it?", "{Pics} show {a}: {beside}."),
     ("Find the shared object and say what accompanies it.", "The shared object is {a}; {it} {is} {beside}."),
     ("Where is the object that {pics} have in common?", "{It} {is} {a}: {where}."),

@@ -63,7 +63,7 @@ def collect(options: SpritesOptions, *, where: str, cache: Path, progress: Progr
         taken.add(look.name.lower())
         army = int(stable_fraction("mmlink army", name) * len(colours["ranges"]))  # one for all poses of a unit
         team = {"palette": colours["palette"], "range": colours["ranges"][army]} if colours["ranges"] else None
-        for pose, path in poses:
+        for pose, path in _spread(poses, options.max_poses):
             listing.pictures.append(
                 SourcePicture(
                     id=f"sprites/{pose}",
@@ -80,6 +80,13 @@ def collect(options: SpritesOptions, *, where: str, cache: Path, progress: Progr
             )
     listing.pictures = list({picture.id: picture for picture in reversed(listing.pictures)}.values())[::-1]
     return listing
+
+
+def _spread(poses: list[tuple[str, Path]], most: int | None) -> list[tuple[str, Path]]:
+    """At most `most`, the first and the last among them."""
+    if most is None or len(poses) <= most:
+        return poses
+    return [poses[round(i * (len(poses) - 1) / (most - 1))] for i in range(most)]
 
 
 def _is_unit(node: Node) -> bool:

@@ -16,7 +16,7 @@ PLACE = Path("/usr/share/tuxpaint/stamps")
 INSTALL = "`apt-get install --no-install-recommends tuxpaint-stamps-default` installs them on Debian"
 # Letters, signs and parts of bodies are no things that stand beside others.
 _LEFT_OUT = ("symbols/", "people/", "town/flags", "town/roadsigns", "cartoon/tux", "space/", "naturalforces")
-_NAME = re.compile(r"(An?|Some) [A-Za-z][A-Za-z' -]{2,40}")
+_NAME = re.compile(r"(An?|Some)( [A-Za-z]+(['-][A-Za-z]+)*)+")
 _MAX_SENTENCE = 300
 
 
