@@ -94,7 +94,6 @@ class StepAccounts:
         self.builder = builder
         self.max_bad_fraction = max_bad_fraction
         self._num_seen = 0
-        self._num_bad = 0
         self._bad: dict[str, str] = {}  # some of them: key -> reason
         self._quarantined: dict[int, str] = {}  # agreed by all ranks
         self._tried: Counter[int] = Counter()  # shard -> samples met
@@ -104,7 +103,6 @@ class StepAccounts:
         """JSON-able; what was seen and tried follows from the position."""
         names = self.builder.index.shards
         return {
-            "num_bad": self._num_bad,
             "of_shard": {names[shard]: count for shard, count in sorted(self._bad_of_shard.items())},
             "quarantined": {names[shard]: reason for shard, reason in self._quarantined.items()},
         }
@@ -121,7 +119,6 @@ class StepAccounts:
         """
         numbers = {name: shard for shard, name in enumerate(self.builder.index.shards)}
         try:
-            self._num_bad = int(state["num_bad"])
             self._bad_of_shard = Counter({numbers[name]: int(count) for name, count in state["of_shard"].items()})
             self._quarantined = {numbers[name]: str(reason) for name, reason in state["quarantined"].items()}
         except (KeyError, TypeError, ValueError, AttributeError) as error:
@@ -168,7 +165,8 @@ class StepAccounts:
         found |= garbage
         self.builder.quarantine.take_over(found)
         keys = tuple(index.entries[slot.index].key for slot in own.slots)
-        self._count(step, keys)
+        self._num_seen += len(keys)
+        self._keep_examples(step, keys)
         rank, world_size = self.builder.rank, self.builder.world_size
         # A record that all ranks left out is reported by one of them; a damaged image by the one that met it.
         mine = {i: why for i, why in own.unusable.items() if i % world_size == rank} | own.damaged
@@ -195,13 +193,15 @@ class StepAccounts:
         shard = self.builder.shard_of(slot)
         return self.builder.quarantine.describe(shard) if shard in self._quarantined else reason
 
-    def _count(self, step: AgreedStep, keys: tuple[str, ...]) -> None:
-        self._num_seen += len(keys)
+    @property
+    def _num_bad(self) -> int:
+        """Single bad samples met; those of a shard in quarantine count by its share."""
+        return sum(count for shard, count in self._bad_of_shard.items() if shard not in self._quarantined)
+
+    def _keep_examples(self, step: AgreedStep, keys: tuple[str, ...]) -> None:
         for place, reason in step.bad.items():
-            if self.builder.shard_of(step.own.slots[place]) not in self._quarantined:
-                self._num_bad += 1
-                if len(self._bad) < _EXAMPLES:
-                    self._bad[keys[place]] = reason
+            if self.builder.shard_of(step.own.slots[place]) not in self._quarantined and len(self._bad) < _EXAMPLES:
+                self._bad[keys[place]] = reason
 
     def _log(self, found: Mapping[int, str], skipped: Mapping[str, str]) -> None:
         if self.builder.rank == 0:

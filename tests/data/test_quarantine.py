@@ -6,12 +6,13 @@ import multiprocessing
 import os
 import shutil
 import socket
+import time
 from pathlib import Path
 
 import pytest
 
 from samtrain.core.batch import IN_QUARANTINE
-from samtrain.core.errors import DataError, TrainingError
+from samtrain.core.errors import CheckpointError, DataError, TrainingError
 from samtrain.data.agree import MIN_BAD, AgreedStep, StepAccounts
 from samtrain.data.index import INDEX_FILE, ShardError, ShardIndex
 from samtrain.data.ledger import Ledger
@@ -279,6 +280,104 @@ def test_a_shard_that_two_ranks_find_in_different_steps_is_named_once_and_known_
     assert list(builder.quarantine.reasons) == [3, 4]
     again = builder.build([Slot(0, 16), Slot(0, 0)], cursor={})
     assert list(again.unusable) == [0] and not again.quarantined
+
+
+# What is given up follows from the steps alone, so a resumed run gives up the same after the same step.
+
+
+def zero_pictures(index, samples):
+    for i in samples:
+        for image in range(index.entries[i].num_images):
+            overwrite(index, i, b"\0", image)
+
+
+def told(steps):
+    """What the ledger would say, and the state after it."""
+    return [(step.keys, sorted(step.skipped), list(step.quarantined), step.cursor) for step in steps]
+
+
+@pytest.mark.parametrize("stop", [1, 2, 3, 5])
+def test_a_resumed_run_gives_a_shard_of_garbage_up_after_the_same_step(write_set, make_loader, stop):
+    index = ShardIndex.load(write_set("zeroed", [1] * 100, max_samples_per_shard=20))
+    zero_pictures(index, range(22, 40))  # in steps of 5: two good ones, then 3, 8, ... bad ones
+    changes = {"shuffle": "none", "max_bad_fraction": 0.5, "global_batch_size": 5, "num_workers": 0}
+    whole = epoch(make_loader(index, **changes), 26)
+    assert [i for i, step in enumerate(whole) if step.quarantined] == [5]
+    assert {"zeroed-0020", "zeroed-0021"} <= whole[24].skipped.keys() and not whole[4].skipped.keys() >= {"zeroed-0020"}
+    loader = make_loader(index, **changes)
+    loader.load_cursor(json.loads(json.dumps(whole[stop - 1].cursor)))
+    assert told(epoch(loader, 26 - stop)) == told(whole[stop:])
+
+
+def test_a_resumed_run_remembers_how_many_samples_of_a_shard_were_good(write_set, make_loader):
+    index = ShardIndex.load(write_set("half", [1] * 60, max_samples_per_shard=30))
+    zero_pictures(index, range(15, 25))  # 10 of 25 when the last is met
+    changes = {"shuffle": "none", "max_bad_fraction": 0.9, "global_batch_size": 5}
+    whole = epoch(make_loader(index, **changes), 8)
+    loader = make_loader(index, **changes)
+    loader.load_cursor(whole[2].cursor)
+    assert not any(step.quarantined for step in epoch(loader, 5))
+
+
+def test_a_resumed_run_counts_bad_samples_on(write_set, make_loader):
+    index = ShardIndex.load(write_set("some", [1] * 300, max_samples_per_shard=300))
+    zero_pictures(index, range(0, 300, 20))  # 5 %
+    changes = {"shuffle": "none", "max_bad_fraction": 0.03, "global_batch_size": 20}
+    loader = make_loader(index, **changes)
+    whole = epoch(loader, 3)
+    loader = make_loader(index, **changes)
+    loader.load_cursor(whole[-1].cursor)
+    with loader, pytest.raises(TrainingError, match="4 of the 80 samples"):
+        next(loader)
+
+
+def test_a_resumed_run_names_what_stays_in_quarantine_and_reads_it_again_when_asked(hundred, make_loader, caplog):
+    index = ShardIndex.load(hundred)
+    whole_shard = (hundred / index.shards[3]).read_bytes()
+    delete(hundred / index.shards[3])
+    cursor = epoch(make_loader(index))[-1].cursor
+    (hundred / index.shards[3]).write_bytes(whole_shard)
+    for retry in (False, True):
+        loader = make_loader(ShardIndex.load(hundred), retry_quarantined=retry)
+        with caplog.at_level(logging.WARNING, "samtrain"):
+            loader.load_cursor(cursor)
+        assert {key for step in epoch(loader) for key in step.skipped} == (set() if retry else shard_of(index, 3))
+        assert (f"shard {index.shards[3]} stays in quarantine" in caplog.text) is not retry
+        caplog.clear()
+
+
+def test_a_cursor_without_its_account_of_bad_samples_is_refused(hundred, make_loader):
+    with make_loader(ShardIndex.load(hundred)) as loader:
+        for bad in (None, {}, {"of_shard": {"other.tar": 1}, "quarantined": {}}):
+            with pytest.raises(CheckpointError, match="account of bad samples"):
+                loader.load_cursor(loader.cursor | {"bad": bad})
+
+
+def test_what_later_steps_found_does_not_reach_back_into_a_step_that_is_built_again(hundred, encoder, options):
+    index = ShardIndex.load(hundred)
+    builder = StepBuilder(index, encoder, options, seed=0, rank=0, world_size=1, augment=False)
+    delete(hundred / index.shards[3])
+    index.close()
+    assert list(builder.build([Slot(0, 15)], cursor={}).quarantined) == [3]
+    (hundred / index.shards[3]).write_bytes(b"")
+    assert list(builder.build([Slot(0, 16), Slot(0, 0)], cursor={}).unusable) == [0]
+    again = builder.build([Slot(0, 16), Slot(0, 0)], cursor={}, excluded={})
+    assert "cannot be opened" in again.unusable[0] or "cut off" in again.unusable[0]  # tried by itself
+
+
+def test_a_shard_found_in_a_step_that_is_built_again_is_named(write_set, make_loader):
+    index = ShardIndex.load(write_set("zeroed", [1] * 72, max_samples_per_shard=18))
+    zero_pictures(index, range(18))
+    delete(index.folder / index.shards[1])
+    changes = {"shuffle": "none", "max_bad_fraction": 1.0, "global_batch_size": 5}
+    with make_loader(index, prefetch_steps=4, num_workers=2, **changes) as loader:
+        steps = [next(loader)]
+        deadline = time.monotonic() + 20
+        while not all(future.done() for future in loader._stream._waiting) and time.monotonic() < deadline:
+            time.sleep(0.01)  # the step that meets the second shard is built before the first is given up
+        steps += [next(loader) for _ in range(4)]
+    assert [list(step.quarantined) for step in steps] == [[], [index.shards[0]], [], [index.shards[1]], []]
+    assert told(steps) == told(epoch(make_loader(index, num_workers=0, **changes), 5))
 
 
 # Two real processes, each with its own copy of the shards, as nodes with local disks have.
