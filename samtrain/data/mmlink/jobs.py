@@ -18,7 +18,7 @@ from samtrain.data.mmlink.plan import Plan, Usable
 from samtrain.data.mmlink.records import BACKGROUND, Job, SourcePicture, digest
 
 # Raised when a stage makes something else from the same input.
-VERSIONS = {"read": 1, "segment": 2, "plates": 2, "caption": 1, "compose": 1, "describe": 1, "fill": 1, "write": 1}
+VERSIONS = {"read": 1, "segment": 2, "plates": 3, "caption": 1, "compose": 1, "describe": 1, "fill": 1, "write": 1}
 _OPERATIONAL = {
     "device", "api_key_env", "timeout_seconds", "concurrency", "max_attempts", "backoff_seconds", "max_backoff_seconds",
     "requests_per_minute", "tokens_per_minute", "budget_requests", "budget_tokens", "budget_cost",

@@ -87,6 +87,16 @@ def test_inpainting_fills_holes_alone_and_like_their_surroundings(method: str) -
     assert np.array_equal(Inpainter(method)(broken, np.zeros_like(holes)), broken)
 
 
+def test_black_bars_are_no_background(photograph: Draw) -> None:
+    framed = Image.new("RGB", (400, 340), (3, 3, 3))
+    framed.paste(photograph(1, size=(400, 300)), (0, 20))
+    found = clean_plate(framed, None, PlatesOptions()).image
+    assert found.width == 400 and 290 <= found.height <= 300 and np.asarray(found).max(axis=2).min() > 24
+    night = Image.new("RGB", (400, 340), (3, 3, 3))
+    night.paste((250, 250, 240), (180, 100, 200, 120))
+    assert clean_plate(night, None, PlatesOptions()).image.size == night.size
+
+
 def test_a_plate_loses_what_stands_out_and_only_that(photograph: Draw) -> None:
     clean = photograph(2, size=(200, 150))
     spoiled = clean.copy()

@@ -110,6 +110,18 @@ def test_specks_far_from_the_thing_are_dropped_and_parts_of_it_are_kept() -> Non
     assert cut.image.size == (40, 60)
 
 
+def test_eyes_belong_to_the_thing_and_holes_show_what_is_behind_it() -> None:
+    picture = Image.new("RGB", (120, 120), (60, 90, 140))
+    picture.paste((220, 60, 40), (20, 20, 100, 100))
+    picture.paste((255, 255, 255), (35, 35, 45, 45))  # an eye that the segmenter took for ground
+    picture.paste((60, 90, 140), (60, 60, 85, 85))  # the old ground, seen through a hole
+    sureness = np.zeros((120, 120), np.float32)
+    sureness[20:100, 20:100] = 1
+    sureness[35:45, 35:45] = sureness[60:85, 60:85] = 0
+    alpha = np.asarray(cut_out(picture, lambda image: sureness, own_alpha=False).image.getchannel("A"))
+    assert (alpha[15:25, 15:25] == 255).all() and not alpha[42:63, 42:63].any()
+
+
 def test_nothing_found_is_a_rejection() -> None:
     with pytest.raises(Rejected, match="nothing was found"):
         cut_out(Image.new("RGB", (50, 50)), lambda image: np.zeros((50, 50), np.float32), own_alpha=False)
@@ -130,6 +142,9 @@ def test_the_ground_under_cut_out_art_differs_from_its_edge() -> None:
         image = Image.new("RGBA", (40, 40), (0, 0, 0, 0))
         image.paste((*colour, 255), (10, 10, 30, 30))
         assert sum(abs(a - b) for a, b in zip(standing_out(image), colour)) > 100
+    image.paste((20, 20, 20, 255), (10, 10, 30, 30))
+    image.paste((255, 255, 255, 255), (14, 14, 20, 20))  # an eye, which white would make a hole
+    assert standing_out(image) != (255, 255, 255)
 
 
 def test_a_local_segment_anything_model_segments_by_its_folder_s_name(tiny_sam: Path, thing: Draw) -> None:

@@ -10,6 +10,7 @@ from samtrain.data.mmlink.optional import import_cv2
 from samtrain.data.mmlink.options import PlatesOptions
 from samtrain.data.mmlink.segment import Segmenter
 
+_BLACK, _RINGING = 24, 2  # brightest value in a bar; lines beside it that JPEG blurs into the picture
 _SEGMENTED_SIDE = 384  # pixels: what stands out is seen at any size, and outlines are grown anyway
 
 
@@ -23,7 +24,7 @@ class Plate:
 
 def clean_plate(photograph: Image.Image, segmenter: Segmenter | None, options: PlatesOptions) -> Plate:
     """Segment what stands out, and inpaint it; a picture of which most would go shows no thing, and stays."""
-    photograph = photograph.convert("RGB")
+    photograph = without_bars(photograph.convert("RGB"))
     if segmenter is None or not options.remove:
         return Plate(photograph, 0.0)
     cv2 = import_cv2()
@@ -38,3 +39,19 @@ def clean_plate(photograph: Image.Image, segmenter: Segmenter | None, options: P
         return Plate(photograph, 0.0)
     pixels = Inpainter(options.inpaint)(np.asarray(photograph), grown)
     return Plate(Image.fromarray(pixels), removed)
+
+
+def without_bars(photograph: Image.Image) -> Image.Image:
+    """RGB, less the black bars that some photographs have at their edges."""
+    bright = np.asarray(photograph).max(axis=2) > _BLACK
+    edges = []
+    for lines in (bright.mean(axis=1) > 0.01, bright.mean(axis=0) > 0.01):
+        shown = np.flatnonzero(lines)
+        if not shown.size:
+            return photograph
+        first, last = int(shown[0]), int(shown[-1]) + 1
+        edges.append((first + _RINGING * (first > 0), last - _RINGING * (last < lines.size)))
+    (top, bottom), (left, right) = edges
+    if min(bottom - top, right - left) < 2 * min(photograph.size) // 3:  # night, not a frame
+        return photograph
+    return photograph.crop((left, top, right, bottom))
