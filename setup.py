@@ -22,6 +22,7 @@ setup(
         "safetensors",
         "tokenizers",
         "webdataset>=1.0.2",
+        "fsspec[http]",
         "ray[default,train]>=2.60",
         "mlflow>=3.17,<3.18",
         "pydantic>=2",
@@ -50,6 +51,10 @@ setup(
             "diffusers",
             "resvg-py==0.5.0",
         ],
+        # Object stores besides HTTP: s3://, gs://, az:// and abfs://.
+        "s3": ["s3fs"],
+        "gs": ["gcsfs"],
+        "azure": ["adlfs"],
         "gpu": ["liger-kernel>=0.8.5"],
         "flash": ["flash-attn"],  # source only: compiles against an installed CUDA torch
         "dev": [
@@ -60,6 +65,10 @@ setup(
             "types-PyYAML",
             "triton; sys_platform == 'linux'",
             "wids",
+            "s3fs",
+            "moto[s3]",  # an S3 server for tests, which is a Flask application
+            "flask",
+            "flask-cors",
         ],
     },
     entry_points={"console_scripts": ["samtrain = samtrain.cli:main"]},

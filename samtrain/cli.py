@@ -110,7 +110,7 @@ def score(
 @app.command("eval")
 def eval_command(
     checkpoint: Annotated[Path, typer.Argument(help="an exported model folder")],
-    data: Annotated[list[Path], typer.Option(help="a split's folder of shards; may be given again")],
+    data: Annotated[list[str], typer.Option(help="a split's folder of shards, or its URL; may be given again")],
     output: Annotated[Path | None, typer.Option(help="where predictions and scores go")] = None,
     batch_size: Annotated[int, typer.Option(help="samples generated at once; never changes the results")] = 8,
     max_samples: Annotated[int | None, typer.Option(help="only the first so many of each split")] = None,
@@ -127,7 +127,7 @@ def eval_command(
         EvaluateCommand,
         {
             "checkpoint": str(checkpoint),
-            "data": [str(folder) for folder in data],
+            "data": data,
             "output": str(output or checkpoint / "predictions"),
             "batch_size": batch_size,
             "max_samples": max_samples,

@@ -29,6 +29,7 @@ from samtrain.data.ledger import Ledger
 from samtrain.data.loader import TrainLoader, evaluation_steps
 from samtrain.data.mixture import load_split, open_training_set, sources_of
 from samtrain.data.preflight import largest_pack
+from samtrain.data.storage import parse_location
 from samtrain.engine import zero
 from samtrain.engine.callbacks import Callback, Metrics, Progress, Utilization
 from samtrain.engine.checkpoint import Checkpointer
@@ -258,7 +259,11 @@ class _Run:
         if recipe.data.validation_split is None:
             return None
         index = load_split(
-            recipe.data.path, recipe.data.validation_split, key="data.path", tolerate_broken_shards=self.restarts
+            recipe.data.path,
+            recipe.data.validation_split,
+            key="data.path",
+            remote=recipe.data.remote,
+            tolerate_broken_shards=self.restarts,
         )
 
         def validate(watchdog: Watchdog) -> dict[str, float]:
@@ -300,7 +305,7 @@ class _Run:
         result = evaluate_splits(
             model,
             processor,
-            {split: Path(recipe.data.path) / split for split in recipe.evaluation.splits},
+            {split: parse_location(recipe.data.path) / split for split in recipe.evaluation.splits},
             options=recipe.evaluation,
             generation=recipe.generation,
             data=recipe.data,

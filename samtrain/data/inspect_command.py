@@ -19,7 +19,7 @@ def register(app: typer.Typer) -> None:
 
 
 def lint_command(
-    shards: Annotated[Path, typer.Argument(help="a folder of shards, or a data set with one folder for each split")],
+    shards: Annotated[str, typer.Argument(help="a folder of shards, or a data set with one folder for each split")],
     report: Annotated[Path | None, typer.Option("--json", help="write everything that was found here")] = None,
     fix: Annotated[Path | None, typer.Option(help="write a clean set of the good samples to this new folder")] = None,
     ignore: Annotated[list[str] | None, typer.Option(help="a kind that is no reason to fail; may be repeated")] = None,
@@ -37,13 +37,17 @@ def lint_command(
     from samtrain.data.lint.fix import check_output, write_clean
     from samtrain.data.lint.table import lint_tables
     from samtrain.data.parallel import available_cores
+    from samtrain.data.storage import Url, parse_location
 
+    folder = parse_location(shards)
+    if isinstance(folder, Url):
+        raise DataError(f"{folder}: lint decodes everything and reads local folders; copy the set to one first")
     limits = Limits(max_image_pixels=max_image_pixels, max_member_bytes=max_member_bytes, max_text_bytes=max_text_bytes)
     if fix is not None:
-        check_output(shards, fix)  # before the minutes of looking
+        check_output(folder, fix)  # before the minutes of looking
     with progress_bars() as progress:
         found = lint(
-            shards,
+            folder,
             limits=limits,
             ignore=frozenset(ignore or ()),
             num_workers=num_workers or available_cores(),
@@ -63,7 +67,7 @@ def lint_command(
 
 
 def stats_command(
-    shards: Annotated[Path, typer.Argument(help="a folder of shards, or a data set with one folder for each split")],
+    shards: Annotated[str, typer.Argument(help="a folder or URL of shards, or of a data set with one for each split")],
     tokenizer: Annotated[str | None, typer.Option(help="count tokens: a folder or a hub name; else words")] = None,
     report: Annotated[Path | None, typer.Option("--json", help="write all numbers here")] = None,
     plot: Annotated[Path | None, typer.Option(help="write a figure here, PNG")] = None,
@@ -87,7 +91,7 @@ def stats_command(
 
 
 def show_command(
-    shards: Annotated[Path, typer.Argument(help="a folder of shards, or a data set with one folder for each split")],
+    shards: Annotated[str, typer.Argument(help="a folder or URL of shards, or of a data set with one for each split")],
     key: Annotated[list[str] | None, typer.Option(help="the sample of this key; may be repeated")] = None,
     random: Annotated[int | None, typer.Option(help="so many samples of all splits")] = None,
     seed: Annotated[int, typer.Option(help="another seed, other samples")] = 0,

@@ -7,7 +7,7 @@ name in front (`name/key`), so that two sources with the same keys stay apart in
 import hashlib
 import json
 from bisect import bisect_right
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from itertools import accumulate
@@ -18,8 +18,9 @@ import numpy as np
 from samtrain.core.errors import DataError
 from samtrain.core.sample import SampleRecord
 from samtrain.data.index import ShardError, ShardIndex
-from samtrain.data.options import DataOptions
+from samtrain.data.options import DataOptions, RemoteOptions
 from samtrain.data.order import SampleOrder, Source
+from samtrain.data.storage import parse_location
 
 
 class MixedIndex:
@@ -60,6 +61,25 @@ class MixedIndex:
             record = self._indexes[n].read_record(own)
         return replace(record, key=self.entries[i].key)
 
+    def read_records(self, samples: Sequence[int]) -> list[SampleRecord | DataError]:
+        """As `ShardIndex.read_records`."""
+        found: dict[int, SampleRecord | DataError] = {}
+        for n, places in self._by_source(samples).items():
+            records = self._indexes[n].read_records([self._place(samples[p])[1] for p in places])
+            for p, record in zip(places, records):
+                if isinstance(record, ShardError):
+                    record = self._renumbered(n, record)
+                elif isinstance(record, SampleRecord):
+                    record = replace(record, key=self.entries[samples[p]].key)
+                found[p] = record
+        return [found[p] for p in range(len(samples))]
+
+    def prefetch_images(self, samples: Sequence[int]) -> None:
+        """As `ShardIndex.prefetch_images`."""
+        by_source = self._by_source(samples)
+        for n, index in enumerate(self._indexes):
+            index.prefetch_images([self._place(samples[p])[1] for p in by_source.get(n, ())])
+
     def read_images(self, i: int, record: SampleRecord, *, verify: bool = True) -> list[bytes]:
         """As `ShardIndex.read_images`."""
         n, own = self._place(i)
@@ -71,13 +91,23 @@ class MixedIndex:
         n = bisect_right(self._first_samples, i) - 1
         return n, i - self._first_samples[n]
 
+    def _by_source(self, samples: Sequence[int]) -> dict[int, list[int]]:
+        """Source -> the places in `samples` of those it holds."""
+        places: dict[int, list[int]] = {}
+        for p, i in enumerate(samples):
+            places.setdefault(self._place(i)[0], []).append(p)
+        return places
+
+    def _renumbered(self, n: int, error: ShardError) -> ShardError:
+        return ShardError(str(error), shard=self._first_shards[n] + error.shard)
+
     @contextmanager
     def _own_shards(self, n: int) -> Iterator[None]:
         """A shard that breaks in source `n` is named by its number among all."""
         try:
             yield
         except ShardError as error:
-            raise ShardError(str(error), shard=self._first_shards[n] + error.shard) from None
+            raise self._renumbered(n, error) from None
 
 
 SampleSet = ShardIndex | MixedIndex
@@ -109,12 +139,19 @@ def open_training_set(data: DataOptions, *, tolerate_broken_shards: bool = False
         DataError: a split is missing or cannot be used; the source is named.
     """
     if not data.mixture:
-        return load_split(data.path, data.train_split, key="data.path", tolerate_broken_shards=tolerate_broken_shards)
+        return load_split(
+            data.path,
+            data.train_split,
+            key="data.path",
+            remote=data.remote,
+            tolerate_broken_shards=tolerate_broken_shards,
+        )
     sources = {
         source.name: load_split(
             source.path,
             source.split or data.train_split,
             key=f"data.mixture: {source.name}",
+            remote=data.remote,
             tolerate_broken_shards=tolerate_broken_shards,
         )
         for source in data.mixture
@@ -122,24 +159,29 @@ def open_training_set(data: DataOptions, *, tolerate_broken_shards: bool = False
     return MixedIndex(sources, {source.name: source.weight for source in data.mixture})
 
 
-def load_split(path: str, split: str, *, key: str, tolerate_broken_shards: bool = False) -> ShardIndex:
+def load_split(
+    path: str, split: str, *, key: str, remote: RemoteOptions | None = None, tolerate_broken_shards: bool = False
+) -> ShardIndex:
     """The index of a split.
 
     Args:
+        path: a folder, or a URL in an object store.
         key: where the recipe names `path`, for messages.
+        remote, tolerate_broken_shards: as of `ShardIndex.load`.
 
     Raises:
         DataError: there is no such split, and what there is; or it cannot be used.
     """
-    folder = Path(path) / split
-    if not folder.is_dir():
-        there = sorted(path.name for path in Path(path).glob("*") if path.is_dir())
+    place = parse_location(path)
+    folder = place / split
+    if isinstance(place, Path) and not (place / split).is_dir():
+        there = sorted(path.name for path in place.glob("*") if path.is_dir())
         found = f"it holds {', '.join(there)}" if there else "it does not exist, or holds no folders"
         raise DataError(
             f"{key}: {path} has no split {split!r} ({found}); the recipe names splits in data.train_split, "
             f"data.validation_split, data.mixture and evaluation.splits"
         )
-    return ShardIndex.load(folder, tolerate_broken_shards=tolerate_broken_shards)
+    return ShardIndex.load(folder, tolerate_broken_shards=tolerate_broken_shards, remote=remote)
 
 
 def sample_order(index: SampleSet, data: DataOptions, *, seed: int, global_batch_size: int) -> SampleOrder:

@@ -25,6 +25,20 @@ class MiniOptions(Options):
     story_sources: str | None = None
 
 
+class RemoteOptions(Options):
+    """How sets in an object store are read.
+
+    cache_dir: a folder on a local disk, shared by the processes of a node; null = samtrain/shards in the user's cache
+        folder (XDG_CACHE_HOME).
+    cache_bytes: what the cache takes there at most; a second epoch makes no request where the set is smaller. 0: none.
+    retry_seconds: how long reading is tried again where the store fails, before a shard is given up.
+    """
+
+    cache_dir: str | None = None
+    cache_bytes: int = Field(default=64 * 1024**3, ge=0)
+    retry_seconds: float = Field(default=300.0, ge=0, allow_inf_nan=False)
+
+
 class SourceOptions(Options):
     """One source of a mixture.
 
@@ -42,7 +56,9 @@ class SourceOptions(Options):
 class DataOptions(Options):
     """Shards and how they become batches.
 
-    path: folder with one sub-folder per split, each with shards and their index.
+    path: folder with one sub-folder per split, each with shards and their index; or the URL of such a folder in an
+        object store (s3://, gs://, az://, abfs://, https://, http://). Credentials come from the environment.
+    remote: how sets in an object store are read.
     mixture: what to train on, in place of the training split of `path`; that then names the held-out splits alone.
         An epoch is as many samples as the sources hold together; each source runs through epochs of its own.
     shuffle: `full`: all samples of an epoch together. `shards`: the shards of an epoch are shuffled, and the samples
@@ -57,11 +73,12 @@ class DataOptions(Options):
     max_bad_fraction: the run stops when more of the samples could not be used: of those seen so far, together with
         the share of the set that is in quarantined shards.
     verify_hashes: check every image against the sha256 in its record before it is decoded (0.1 ms per 150 kB); else
-        damage that still decodes goes unnoticed.
+        damage that still decodes goes unnoticed. Images from an object store are always checked.
     """
 
     path: str = ""
     mixture: list[SourceOptions] = Field(default_factory=list)
+    remote: RemoteOptions = RemoteOptions()
     build: Literal["mmlink-mini"] | None = None
     mini: MiniOptions = MiniOptions()
     train_split: str = "train"

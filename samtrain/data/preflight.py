@@ -101,20 +101,23 @@ class _Reader:
         self._bad: dict[int, str] = {}
 
     def size(self, i: int) -> SampleSize | None:
-        if i in self._bad:
-            return None
-        try:
-            if reason := self.index.broken_shards.get(self.index.entries[i].shard):
-                raise DataError(reason)
-            record = self.index.read_record(i)
-            return SampleSize(record.key, encode_checked(self.encoder, record).num_tokens, len(record.images))
-        except DataError as error:
-            self._bad[i] = str(error)
-            return None
+        return self.sizes([i]).get(i)
 
     def sizes(self, chosen: Iterable[int]) -> dict[int, SampleSize]:
         """Sample -> size, of those that can be used."""
-        return {i: size for i in chosen if (size := self.size(i)) is not None}
+        tried = [i for i in chosen if i not in self._bad]
+        broken = {i: self.index.broken_shards.get(self.index.entries[i].shard) for i in tried}
+        self._bad |= {i: reason for i, reason in broken.items() if reason}
+        tried = [i for i in tried if i not in self._bad]
+        found: dict[int, SampleSize] = {}
+        for i, record in zip(tried, self.index.read_records(tried)):
+            try:
+                if isinstance(record, DataError):
+                    raise record
+                found[i] = SampleSize(record.key, encode_checked(self.encoder, record).num_tokens, len(record.images))
+            except DataError as error:
+                self._bad[i] = str(error)
+        return found
 
     def some(self, ranked: Iterable[int], *, count: int) -> dict[int, SampleSize]:
         """The first `count` that can be used, in that order.

@@ -1,7 +1,6 @@
 """Choose samples to look at, by key or at random, from a folder of shards or a set of splits."""
 
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 
@@ -9,21 +8,21 @@ from samtrain.core.errors import DataError
 from samtrain.core.sample import SampleRecord
 from samtrain.core.seeds import derive_seed
 from samtrain.data.index import ShardIndex
-from samtrain.data.lint import find_splits
 from samtrain.data.sheet import ShownSample, read_sample
+from samtrain.data.splits import find_places
+from samtrain.data.storage import Location
 
 MAX_SHOWN = 200
 _NEAR = 3
 
 
-def load_indexes(path: str | Path) -> list[ShardIndex]:
+def load_indexes(path: str | Location) -> list[ShardIndex]:
     """The index of every split; shards that broke are no reason not to look at the others.
 
     Raises:
         DataError: no shards, or no index.
     """
-    splits, _ = find_splits(path)
-    return [ShardIndex.load(folder, tolerate_broken_shards=True) for folder in splits.values()]
+    return [ShardIndex.load(place, tolerate_broken_shards=True) for place in find_places(path).values()]
 
 
 def choose_keys(indexes: Sequence[ShardIndex], keys: Sequence[str]) -> list[tuple[ShardIndex, int]]:

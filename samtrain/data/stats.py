@@ -17,7 +17,8 @@ import numpy as np
 from samtrain.core.errors import DataError
 from samtrain.core.sample import IMAGE_PLACEHOLDER, SampleRecord
 from samtrain.data.index import ShardIndex
-from samtrain.data.lint import find_splits
+from samtrain.data.splits import find_places
+from samtrain.data.storage import Location, parse_location
 
 ProgressCallback = Callable[[str, int, int], None]  # (what, done, total)
 CountTokens = Callable[[Sequence[str]], list[int]]
@@ -60,7 +61,7 @@ class GroupStats:
 class SetStats:
     """splits: name -> task -> numbers; the task `ALL` is all of them. unreadable: key -> why it is not counted."""
 
-    path: Path
+    path: Location
     unit: str  # tokens | words
     tokenizer: str | None
     splits: dict[str, dict[str, GroupStats]] = field(default_factory=dict)
@@ -95,7 +96,7 @@ def summary(values: Sequence[float]) -> dict[str, float]:
 
 
 def set_stats(
-    path: str | Path,
+    path: str | Location,
     *,
     tokenizer: str | None = None,
     progress: ProgressCallback = lambda what, done, total: None,
@@ -108,10 +109,10 @@ def set_stats(
     Raises:
         DataError: no shards, no index, or no such tokenizer.
     """
-    splits, _ = find_splits(path)
-    indexes = {name: ShardIndex.load(folder, tolerate_broken_shards=True) for name, folder in splits.items()}
+    splits = find_places(path)
+    indexes = {name: ShardIndex.load(place, tolerate_broken_shards=True) for name, place in splits.items()}
     count = load_counter(tokenizer) if tokenizer else _count_words
-    stats = SetStats(Path(path), "tokens" if tokenizer else "words", tokenizer)
+    stats = SetStats(parse_location(path), "tokens" if tokenizer else "words", tokenizer)
     total, done = sum(map(len, indexes.values())), 0
     for name, index in indexes.items():
         tasks: dict[str, GroupStats] = {ALL: GroupStats()}
@@ -159,16 +160,15 @@ def _text(instruction: str) -> str:
 
 
 def _batches(index: ShardIndex, unreadable: dict[str, str]) -> Iterator[list[SampleRecord]]:
-    batch: list[SampleRecord] = []
-    for i in range(len(index)):
-        try:
-            batch.append(index.read_record(i))
-        except DataError as error:
-            unreadable[index.entries[i].key] = str(error)
-        if len(batch) == _BATCH:
-            yield batch
-            batch = []
-    yield batch
+    for start in range(0, len(index), _BATCH):
+        chosen = range(start, min(start + _BATCH, len(index)))
+        batch = []
+        for i, record in zip(chosen, index.read_records(chosen)):
+            if isinstance(record, DataError):
+                unreadable[index.entries[i].key] = str(record)
+            else:
+                batch.append(record)
+        yield batch
 
 
 def _add(group: GroupStats, record: SampleRecord, instruction: int, output: int) -> None:

@@ -120,6 +120,7 @@ class StepBuilder:
         packs = pack(sizes, max_tokens=self.options.max_tokens, max_images=self.options.max_images)
         own = deal(packs, sizes, world_size=self.world_size)[self.rank]
         flat = [prepared[i] for chosen in own for i in chosen or ()]
+        self.index.prefetch_images([sample.slot.index for sample in flat])
         decoded = iter(zip(flat, map_function(self._decode, flat)))
         damaged: dict[int, str] = {}
         micro_batches = []
@@ -155,11 +156,13 @@ class StepBuilder:
         """The samples to pack, and place -> reason of the others. Within a step each sample is judged by itself."""
         unusable = dict(excluded)
         prepared: list[_Prepared] = []
-        for place, slot in enumerate(slots):
-            if place in excluded:
-                continue
+        tried = [(place, slot) for place, slot in enumerate(slots) if place not in excluded]
+        records = self.index.read_records([slot.index for _, slot in tried])
+        for (place, slot), record in zip(tried, records):
             try:
-                prepared.append(self._prepare(place, slot))
+                if isinstance(record, DataError):
+                    raise record
+                prepared.append(_Prepared(place, slot, record, encode_checked(self.encoder, record)))
             except DataError as error:
                 unusable[place] = str(error)
                 self._note(error)
@@ -178,10 +181,6 @@ class StepBuilder:
     def _note(self, error: DataError) -> None:
         if isinstance(error, ShardError):
             self.quarantine.add(error.shard, str(error))
-
-    def _prepare(self, place: int, slot: Slot) -> _Prepared:
-        record = self.index.read_record(slot.index)
-        return _Prepared(place, slot, record, encode_checked(self.encoder, record))
 
     def _decode(self, sample: _Prepared) -> list[Tensor] | DataError:
         """Pixel values of each image, or why the sample cannot be used."""

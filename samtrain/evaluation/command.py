@@ -17,6 +17,7 @@ from samtrain.core.events import Emit, Event, discard
 from samtrain.core.options import Options
 from samtrain.data.index import ShardIndex
 from samtrain.data.options import DataOptions
+from samtrain.data.storage import parse_location
 from samtrain.evaluation.evaluator import evaluate_splits
 from samtrain.evaluation.options import EvaluationOptions
 from samtrain.evaluation.report import scores_table
@@ -73,7 +74,8 @@ def split_folders(command: EvaluateCommand) -> dict[str, str]:
     """
     folders: dict[str, str] = {}
     for folder in command.data:
-        name = Path(folder).absolute().name
+        place = parse_location(folder)
+        name = place.absolute().name if isinstance(place, Path) else place.name
         if name in folders:
             raise ConfigError(f"--data {folder}: another folder is called {name!r} too; the sets would mix, rename one")
         ShardIndex.load(folder)

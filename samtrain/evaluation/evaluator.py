@@ -6,7 +6,6 @@ ranks, so the same answers come out for any number of ranks, and up to rounding 
 the splits' own order, on every rank.
 """
 
-import contextlib
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -22,6 +21,7 @@ from samtrain.data.index import ShardIndex
 from samtrain.data.loader import read_for_generation
 from samtrain.data.mixture import SampleSet
 from samtrain.data.options import DataOptions
+from samtrain.data.storage import Location
 from samtrain.evaluation.baselines import majority_answers
 from samtrain.evaluation.cleaning import clean, has_words
 from samtrain.evaluation.metrics import Scores, score_pairs
@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from samtrain.model import SamMllmForConditionalGeneration, SamMllmProcessor
 
 SCORES_FILE = "scores.json"
+_RECORDS = 512  # read at once
 METRICS = ("rouge_l", "cider", "bleu_4")
 
 
@@ -107,7 +108,7 @@ class EvaluationResult:
 def evaluate_splits(
     model: "SamMllmForConditionalGeneration",
     processor: "SamMllmProcessor",
-    folders: Mapping[str, str | Path],
+    folders: Mapping[str, str | Location],
     *,
     options: EvaluationOptions,
     generation: GenerationOptions,
@@ -119,7 +120,7 @@ def evaluate_splits(
 
     Args:
         model: whole on every rank (the exported one), not partitioned.
-        folders: name of the split -> its folder of shards.
+        folders: name of the split -> its folder of shards, or its URL.
         options: samples a rank generates at once, samples of each split, examples to keep.
         data: for its limit on image sizes.
         train: the training samples, whose most frequent answers are scored as a baseline.
@@ -128,11 +129,12 @@ def evaluate_splits(
     Raises:
         DataError: a sample cannot be read or does not fit the model; held-out samples are never left out.
     """
-    splits = {split: ShardIndex.load(folder) for split, folder in folders.items()}
+    splits = {split: ShardIndex.load(folder, remote=data.remote) for split, folder in folders.items()}
     rows: list[EvaluationRow] = []
     for split, index in splits.items():
         count = min(options.max_samples or len(index), len(index))
-        records = [_checked(index.read_record(i), index) for i in range(count)]  # before the hours of generation
+        # Before the hours of generation.
+        records = [_checked(record, index) for record in index.read_records(range(count))]
         answers = _answers(
             model, processor, index, count, data=data, generation=generation, batch_size=options.batch_size,
             what=f"generating {split}", emit=emit,
@@ -153,9 +155,10 @@ def _majority(train: SampleSet | None) -> dict[str, str]:
 
 def _readable(train: SampleSet) -> Iterator[SampleRecord]:
     """Records of the training set; those that cannot be read were skipped in training too, and named there."""
-    for i in range(len(train)):
-        with contextlib.suppress(DataError):
-            yield train.read_record(i)
+    for start in range(0, len(train), _RECORDS):
+        for record in train.read_records(range(start, min(start + _RECORDS, len(train)))):
+            if not isinstance(record, DataError):
+                yield record
 
 
 def _examples(
@@ -194,6 +197,7 @@ def _answers(
         chosen: Sequence[int] = batches[mine] if mine < len(batches) else []
         items: list[Item] = []
         try:
+            index.prefetch_images(chosen if error is None else [])
             items = [_item(index, i, data, processor) for i in chosen] if error is None else []
         except SamtrainError as raised:
             error = str(raised)  # the other ranks wait for this one at the gathering: it raises after it
@@ -228,7 +232,9 @@ def _item(index: ShardIndex, i: int, data: DataOptions, processor: "SamMllmProce
     return record.instruction, images
 
 
-def _checked(record: SampleRecord, index: ShardIndex) -> SampleRecord:
+def _checked(record: SampleRecord | DataError, index: ShardIndex) -> SampleRecord:
+    if isinstance(record, DataError):
+        raise record
     if not has_words(clean(record.output)):
         raise DataError(f"{index.folder}: {record.key}: the reference answer {record.output!r} has no words to score")
     return record

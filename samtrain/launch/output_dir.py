@@ -40,6 +40,7 @@ _FREE_KEYS = (
     "data.prefetch_steps",
     "data.max_bad_fraction",
     "data.verify_hashes",
+    "data.remote",
     "data.retry_quarantined",
     "train.zero",
     "train.logging_steps",

@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from samtrain.core.errors import InputError
+from samtrain.core.errors import ConfigError, InputError
 from samtrain.core.events import Emit, message
+from samtrain.data.storage import Url, parse_location
 from samtrain.launch.output_dir import OutputDir, resolve_output_dir
 from samtrain.recipe import Recipe
 
@@ -142,6 +143,11 @@ def _gib(size: float) -> str:
 def _build_data(recipe: Recipe, *, emit: Emit) -> None:
     if recipe.data.build is None:
         return
+    if isinstance(parse_location(recipe.data.path), Url):
+        raise ConfigError(
+            f"data.build: {recipe.data.build} is built in a folder, and data.path is {recipe.data.path}; build it in a "
+            f"folder and copy it there, or leave data.build out"
+        )
     from samtrain.data.mini import build_mini
 
     def progress(what: str, done: int, total: int) -> None:
@@ -153,7 +159,8 @@ def _build_data(recipe: Recipe, *, emit: Emit) -> None:
 
 
 def _data_rows(recipe: Recipe) -> tuple[list[list[str]], int]:
-    from samtrain.data.mixture import load_split, open_training_set
+    from samtrain.data.cache import DiskCache
+    from samtrain.data.mixture import load_split, open_training_set, sources_of
     from samtrain.data.preflight import check_budgets, largest_sample
     from samtrain.model.parts import build_processor
 
@@ -161,7 +168,9 @@ def _data_rows(recipe: Recipe) -> tuple[list[list[str]], int]:
     encoder = build_processor(recipe.model, image_size=data.image_size)
     train = open_training_set(data)
     held_out = [*([data.validation_split] if data.validation_split else []), *recipe.evaluation.splits]
-    indexes = {split: load_split(data.path, split, key="data.path") for split in dict.fromkeys(held_out)}
+    indexes = {
+        split: load_split(data.path, split, key="data.path", remote=data.remote) for split in dict.fromkeys(held_out)
+    }
     check_budgets(train, encoder, data)
     if data.validation_split:  # the others are generated from, never packed
         check_budgets(indexes[data.validation_split], encoder, data)
@@ -174,6 +183,9 @@ def _data_rows(recipe: Recipe) -> tuple[list[list[str]], int]:
     else:
         sizes = list(dict.fromkeys([f"{data.train_split} {len(train)}", *sizes]))
         rows = [["data", f"{data.path}: {', '.join(sizes)} samples; {steps_per_epoch} steps an epoch"]]
+    if any(index.is_remote for index in [*sources_of(train).values(), *indexes.values()]):
+        cache = DiskCache(data.remote.cache_dir, max_bytes=data.remote.cache_bytes)
+        rows.append(["cache", f"on every node, {cache.describe()}"])
     rows.append(
         [
             "largest sample",

@@ -33,6 +33,8 @@ ALLOWED: dict[str, set[str]] = {
 # library -> the only files that may import it
 ONLY_IN: dict[str, set[str]] = {
     "deepspeed": {"samtrain/engine/zero.py"},
+    "fsspec": {"samtrain/data/storage.py"},
+    "aiohttp": {"samtrain/data/storage.py"},
     "ray": {"samtrain/launch/ray_backend.py", "samtrain/data/mmlink/ray_data.py"},
     "mlflow": {"samtrain/tracking/mlflow_tracker.py"},
 }

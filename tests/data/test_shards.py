@@ -11,6 +11,7 @@ from PIL import Image
 
 from samtrain.core.errors import DataError
 from samtrain.data import index as index_module
+from samtrain.data import reading as reading_module
 from samtrain.data.index import INDEX_FILE, SAMPLES_FILE, ShardIndex
 from samtrain.data.shards import ShardWriter, build_index, sniff_image
 
@@ -315,7 +316,7 @@ def test_a_flipped_byte_in_an_image_is_noticed(fifty):
 
 
 def test_many_threads_read_the_same_as_one_and_few_descriptors_stay_open(fifty, monkeypatch):
-    monkeypatch.setattr(index_module, "MAX_OPEN_SHARDS", 2)
+    monkeypatch.setattr(reading_module, "MAX_OPEN_SHARDS", 2)
     expected = [fifty.read_sample(i) for i in range(50)]
     index, failures = ShardIndex.load(fifty.folder), []
 
@@ -330,7 +331,7 @@ def test_many_threads_read_the_same_as_one_and_few_descriptors_stay_open(fifty, 
     for thread in threads:
         thread.join()
     assert not failures
-    assert len(index._open) == 2
+    assert len(index._reader._open) == 2
     index.close()
     assert index.read_sample(7) == expected[7]
 

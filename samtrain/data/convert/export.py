@@ -125,8 +125,6 @@ def has_extra_members(index: ShardIndex, entry: SampleEntry) -> bool:
     known = sum(_BLOCK + -(-size // _BLOCK) * _BLOCK for _, size in (entry.record, *entry.images))
     if entry.size == known:
         return False
-    with open(index.folder / index.shards[entry.shard], "rb") as stream:
-        stream.seek(entry.offset)
-        data = stream.read(entry.size)
+    data = index.read_members(entry)
     with tarfile.open(fileobj=io.BytesIO(data + bytes(2 * _BLOCK))) as tar:  # headers of other kinds are no members
         return len(tar.getnames()) > 1 + entry.num_images
