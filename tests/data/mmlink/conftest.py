@@ -107,7 +107,7 @@ Response = tuple[int, dict[str, str], bytes]
 Behaviour = Callable[[dict[str, Any]], Response]
 
 
-def says(text: str, *, usage: tuple[int, int] | None = (20, 5)) -> Behaviour:
+def says(text: str, *, usage: tuple[float, float] | None = (20, 5)) -> Behaviour:
     """A completion."""
 
     def answer(request: dict[str, Any]) -> Response:

@@ -133,6 +133,7 @@ def test_a_server_that_is_gone_is_a_failure_not_a_crash(chat: Any, tmp_path: Pat
         '{"choices": []}',
         '{"choices": [{"message": {}}]}',
         '{"choices": [{"message": {"content": ""}}]}',
+        "[" * 100_000,
     ],
 )
 def test_malformed_responses_are_asked_for_again_and_never_kept(body: str, chat: Any, tmp_path: Path) -> None:
@@ -218,7 +219,19 @@ def test_a_line_of_the_ledger_cut_off_by_a_kill_is_survived(chat: Any, tmp_path:
     ask(client(chat, tmp_path))
     with open(tmp_path / "spent.jsonl", "a") as stream:
         stream.write("[20, ")
-    assert client(chat, tmp_path).usage()["spent"]["requests"] == 1
+    later = client(chat, tmp_path)
+    assert later.usage()["spent"]["requests"] == 1
+    ask(later, "again")
+    assert client(chat, tmp_path).usage()["spent"]["requests"] == 2  # the new line is not glued to the torn one
+
+
+@pytest.mark.parametrize("tokens", [-1000, float("inf")])
+def test_an_endpoint_cannot_give_a_budget_back(tokens: float, chat: Any, tmp_path: Path) -> None:
+    chat.otherwise = chat.says("yes", usage=(tokens, tokens))
+    spending = client(chat, tmp_path)
+    ask(spending)
+    spent = spending.usage()["spent"]
+    assert spent["requests"] == 1 and spent["input_tokens"] >= 0 and spent["output_tokens"] >= 0
 
 
 def test_requests_keep_the_pace_of_the_limits(chat: Any, tmp_path: Path) -> None:

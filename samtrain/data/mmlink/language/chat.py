@@ -223,6 +223,9 @@ class _Budget:
         self._lock = threading.Lock()
         self._requests = self._input = self._output = 0
         self._reserved = [0, 0, 0]  # requests, input tokens, output tokens
+        if path.exists() and not path.read_bytes().endswith(b"\n"):  # a line cut off by kill -9, or no line yet
+            with open(path, "a") as stream:
+                stream.write("\n")
         for row in _rows(path):
             self._requests += 1
             self._input += row[0]
@@ -286,14 +289,17 @@ def retry_after(value: str | None) -> float | None:
     except ValueError:
         try:
             seconds = email.utils.parsedate_to_datetime(value).timestamp() - time.time()
-        except (ValueError, TypeError):
+        except (ValueError, TypeError, OverflowError):
             return None
     return min(max(seconds, 0.0), MAX_RETRY_AFTER_SECONDS) if seconds == seconds else None
 
 
 def _completion(body: bytes) -> tuple[str, tuple[int, int] | None]:
     """Text and usage. Raises ValueError where it is no chat completion."""
-    values = json.loads(body)  # a JSONDecodeError is a ValueError
+    try:
+        values = json.loads(body)  # a JSONDecodeError is a ValueError
+    except RecursionError:
+        raise ValueError("brackets nested too deeply") from None
     try:
         text = values["choices"][0]["message"]["content"]
     except (KeyError, IndexError, TypeError):
@@ -302,8 +308,9 @@ def _completion(body: bytes) -> tuple[str, tuple[int, int] | None]:
         raise ValueError("the message is empty")
     usage = values.get("usage")
     try:
-        return text, (int(usage["prompt_tokens"]), int(usage["completion_tokens"]))
-    except (KeyError, TypeError, ValueError):
+        # Never negative: what an endpoint says must not give a budget back.
+        return text, (max(0, int(usage["prompt_tokens"])), max(0, int(usage["completion_tokens"])))
+    except (KeyError, TypeError, ValueError, OverflowError):
         return text, None
 
 

@@ -52,7 +52,10 @@ def parse_text(reply: str) -> Text:
     start, end = reply.find("{"), reply.rfind("}")  # models like to wrap JSON in a fence or a sentence
     if start < 0 or end < start:
         raise ValueError("no JSON object in the reply")
-    values = json.loads(reply[start : end + 1])
+    try:
+        values = json.loads(reply[start : end + 1])
+    except RecursionError:
+        raise ValueError("brackets nested too deeply") from None
     texts = []
     for name in ("instruction", "answer"):
         text = values.get(name) if isinstance(values, dict) else None

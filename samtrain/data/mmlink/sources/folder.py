@@ -76,7 +76,7 @@ def _read_metadata(path: Path, listing: Listing) -> dict[str, dict[str, Any]]:
                     if name in described:
                         raise ValueError(f"{name} has a line already")
                     described[name] = row
-                except ValueError as error:
+                except (ValueError, RecursionError) as error:
                     listing.skipped[f"{path.name}:{number}"] = str(error)
         except UnicodeDecodeError as error:
             raise DataError(f"{path}: not UTF-8: {error}") from None
