@@ -114,3 +114,23 @@ def test_too_little_disk_is_an_error_with_both_numbers(tiny_recipe: Path, monkey
 def test_a_set_that_is_no_mini_set_is_not_overwritten_by_build(tiny_recipe: Path) -> None:
     with pytest.raises((DataError, ConfigError), match="mmlink-mini"):
         check(tiny_recipe, "data.build=mmlink-mini")
+
+
+def test_the_plan_of_a_mixture_says_what_the_weights_come_to(tiny_recipe: Path, shared_files: Path) -> None:
+    path = shared_files / "data"
+    mixture = f"[{{name: b, path: {path}, weight: 1}}, {{name: a, path: {path}, weight: 3, split: validation}}]"
+    rows = check(tiny_recipe, f"data.mixture={mixture}", "train.max_steps=null", "train.num_train_epochs=3")
+    assert rows["mixture"] == "16 samples in all, 4 steps an epoch"
+    assert rows["steps"].startswith("12 of 4 samples")
+    assert rows["  a"] == f"{path}/validation: 4 samples, 75.0 % of those met, each 9.0 times in this run"
+    assert rows["  b"] == f"{path}/train: 12 samples, 25.0 % of those met, each 1.0 times in this run"
+    assert rows["held out"] == f"{path}: validation 4, test 4 samples"
+    assert "b/train-" in rows["largest sample"]
+
+
+def test_a_source_that_is_not_there_is_named(tiny_recipe: Path, shared_files: Path) -> None:
+    mixture = f"[{{name: a, path: {shared_files / 'data'}, weight: 1, split: trian}}]"
+    with pytest.raises(
+        DataError, match=r"data\.mixture: a: .* has no split 'trian' .*it holds test, train, validation"
+    ):
+        check(tiny_recipe, f"data.mixture={mixture}")
