@@ -19,6 +19,8 @@ from typing import Any
 from samtrain.core.batch import PackedBatch
 from samtrain.core.errors import DataError
 from samtrain.core.sample import IMAGE_PLACEHOLDER, SampleEncoder
+from samtrain.data.index import ShardIndex
+from samtrain.data.loader import read_for_generation
 from samtrain.data.mixture import SampleSet, folders_of
 from samtrain.data.options import DataOptions
 from samtrain.data.order import Slot
@@ -28,6 +30,7 @@ from samtrain.data.step import StepBuilder, encode_checked
 SEAM_TOKENS = 8  # what joining texts may add: a sentencepiece prefix at each piece, separators
 NUM_SPREAD = NUM_CANDIDATES = 256
 RATE_MARGIN = 1.25
+NUM_DECODED = 16  # samples tried for one whose images decode
 
 
 def largest_sample(index: SampleSet, encoder: SampleEncoder) -> dict[str, Any]:
@@ -67,6 +70,22 @@ def check_budgets(index: SampleSet, encoder: SampleEncoder, options: DataOptions
             size = reader.size(i)
             if size is not None:
                 check_fits(size, max_tokens=options.max_tokens, max_images=options.max_images)
+
+
+def check_images(index: ShardIndex, options: DataOptions) -> None:
+    """Refuse a set whose images cannot be used: of samples spread over it, one must decode.
+
+    Raises:
+        DataError: none does; the first reason is named.
+    """
+    reasons: list[str] = []
+    for i in range(0, len(index), max(1, -(-len(index) // NUM_DECODED))):
+        try:
+            read_for_generation(index, i, options)
+            return
+        except DataError as error:
+            reasons.append(str(error))
+    raise DataError(f"{index.folder}: none of {len(reasons)} samples spread over the set can be used: {reasons[0]}")
 
 
 def largest_pack(index: SampleSet, encoder: SampleEncoder, options: DataOptions) -> PackedBatch:

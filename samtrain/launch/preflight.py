@@ -161,7 +161,7 @@ def _build_data(recipe: Recipe, *, emit: Emit) -> None:
 def _data_rows(recipe: Recipe) -> tuple[list[list[str]], int]:
     from samtrain.data.cache import DiskCache
     from samtrain.data.mixture import load_split, open_training_set, sources_of
-    from samtrain.data.preflight import check_budgets, largest_sample
+    from samtrain.data.preflight import check_budgets, check_images, largest_sample
     from samtrain.model.parts import build_processor
 
     data = recipe.data
@@ -174,6 +174,8 @@ def _data_rows(recipe: Recipe) -> tuple[list[list[str]], int]:
     check_budgets(train, encoder, data)
     if data.validation_split:  # the others are generated from, never packed
         check_budgets(indexes[data.validation_split], encoder, data)
+    for index in [*sources_of(train).values(), *indexes.values()]:
+        check_images(index, data)
     largest = largest_sample(train, encoder)
     steps_per_epoch = math.ceil(len(train) / recipe.train.global_batch_size)
     sizes = [f"{split} {len(index)}" for split, index in indexes.items()]

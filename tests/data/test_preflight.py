@@ -1,10 +1,12 @@
+import io
 import random
 
 import pytest
+from PIL import Image
 
 from samtrain.core.errors import DataError
 from samtrain.data.index import ShardIndex
-from samtrain.data.preflight import check_budgets, largest_pack, largest_sample
+from samtrain.data.preflight import check_budgets, check_images, largest_pack, largest_sample
 from samtrain.data.shards import ShardWriter
 
 
@@ -83,6 +85,23 @@ def test_a_generous_budget_encodes_no_sample(fifty, encoder, options):
     counting = Counting(encoder)
     check_budgets(fifty, counting, options.model_copy(update={"max_tokens": 2048}))
     assert set(counting.encoded) == {"(empty)"}
+
+
+def test_a_set_none_of_whose_images_can_be_used_is_refused(fifty, tmp_path, options):
+    check_images(fifty, options)
+    with pytest.raises(DataError, match=r"none of 13 samples .* x \d+ pixels, more than data.max_image_pixels = 100"):
+        check_images(fifty, options.model_copy(update={"max_image_pixels": 100}))
+
+
+def test_one_good_sample_among_those_tried_is_enough(tmp_path, options):
+    buffer = io.BytesIO()
+    Image.new("RGB", (8, 8)).save(buffer, "PNG")
+    png = buffer.getvalue()
+    with ShardWriter(tmp_path) as writer:
+        for i in range(3):
+            data = png if i == 2 else png[:50] + b"\0" * 20
+            writer.write(key=f"s-{i}", task="t", instruction="x", output="y", images=[data])
+    check_images(ShardIndex.load(tmp_path), options)
 
 
 def test_the_largest_pack_fills_a_budget(fifty, encoder, options):
