@@ -28,6 +28,7 @@ _BLOCK = 4096
 _NAME_BYTES = 128  # a name's share of its folder
 _NUM_FOLDERS = 16
 _NUM_LOCKS = 1024
+_FIXED_BYTES = 64 * 1024  # the count, and the locks' folder when it is full
 _KEEP = 0.9  # of the bound, when room is made: looking at all files is for many writes
 _PAUSE_SECONDS = 60  # between attempts to write where the disk refused
 
@@ -49,6 +50,7 @@ class DiskCache:
     def __init__(self, folder: str | Path | None = None, *, max_bytes: int) -> None:
         self.folder = Path(folder).expanduser() if folder else default_folder()
         self.max_bytes = max_bytes
+        self._max_entries_bytes = max_bytes - _FIXED_BYTES
         self._entries, self._locks = self.folder / "entries", self.folder / "locks"
         self._usage = self.folder / "usage"  # bytes taken by all entries, at least; read and written under its lock
         self._numbers = itertools.count()
@@ -79,13 +81,13 @@ class DiskCache:
     def put(self, key: str, data: bytes) -> bool:
         """Keep `data`, making room first; whether it is kept: not if it is too large, or the disk refuses."""
         needed = _on_disk(len(data) + 4)
-        if needed > self.max_bytes // 2 or time.monotonic() < self._paused_until:
+        if needed > self._max_entries_bytes // 2 or time.monotonic() < self._paused_until:
             return False
         path = self._path(key)
         temporary = path.with_name(f".{os.getpid()}-{threading.get_ident()}-{next(self._numbers)}")
         try:
-            self._reserve(needed, temporary, len(data) + 4)
             try:
+                self._reserve(needed, temporary, len(data) + 4)
                 with open(temporary, "r+b") as stream:
                     stream.write(_checksum(key, data))
                     stream.write(data)
@@ -150,8 +152,8 @@ class DiskCache:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX)
             counted = os.pread(descriptor, 8, 0)
-            used = int.from_bytes(counted, "little") if len(counted) == 8 else self.max_bytes
-            if used + needed > self.max_bytes:
+            used = int.from_bytes(counted, "little") if len(counted) == 8 else self._max_entries_bytes
+            if used + needed > self._max_entries_bytes:
                 used = self._make_room(needed)
             os.pwrite(descriptor, (used + needed).to_bytes(8, "little"), 0)
             with open(path, "xb") as stream:
@@ -164,7 +166,7 @@ class DiskCache:
         files = sorted(self._files())
         used = sum(size for _, size, _ in files) + self._folder_bytes()
         for _, size, path in files:
-            if used + needed <= self.max_bytes * _KEEP:
+            if used + needed <= self._max_entries_bytes * _KEEP:
                 break
             with contextlib.suppress(OSError):
                 os.unlink(path)
