@@ -1,0 +1,137 @@
+"""The recipes that are scaled: parameters in the order of the forward pass, arithmetic of real samples, and packs.
+
+What a recipe is follows from `benchmarks.train.shapes`; samples have the lengths of `benchmarks.train.lengths`; packs and
+deals are the loader's own.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+from benchmarks.scaling.zero3 import Parameter
+from benchmarks.train.lengths import Text, draw
+from benchmarks.train.shapes import ModelShape, Train, trains
+from samtrain.data.packing import SampleSize, deal, pack
+from samtrain.model.flops import FlopCounter
+from samtrain.model.freezing import part_of
+
+PARTS = ("vision", "qformer", "language_model")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """checkpointing: of the LLM's layers; it adds a forward pass to the time and nothing to the work."""
+
+    shape: ModelShape
+    train: Train
+    checkpointing: bool
+
+    @property
+    def name(self) -> str:
+        return f"{self.shape.name} {self.train}"
+
+
+@dataclass(frozen=True)
+class RankWork:
+    """Real floating-point operations of one rank's micro-batch, forward and backward, per part; zeros: a filler."""
+
+    vision: float = 0.0
+    qformer: float = 0.0
+    language_model: float = 0.0
+    tokens: int = 0
+    images: int = 0
+
+    @property
+    def total(self) -> float:
+        return self.vision + self.qformer + self.language_model
+
+
+def parameters_of(recipe: Recipe, *, replicate_frozen: bool = False) -> list[Parameter]:
+    """From shapes alone. The vision tower is frozen and has nothing trainable below it: no backward pass."""
+    from benchmarks.train.models import construct_ours
+    from samtrain.model.freezing import apply_freezing
+    from samtrain.model.lora import attach_lora
+
+    options, meta = trains(recipe.train, guided=True), torch.device("meta")
+    model = construct_ours(recipe.shape, guided=True, dtype=torch.bfloat16, device=meta)
+    if options.language_model == "lora":
+        with meta:
+            attach_lora(model, options.lora)
+    apply_freezing(model, options)
+    found = []
+    for name, p in model.named_parameters():
+        # A frozen embedding has no input to send a gradient to.
+        has_backward = part_of(name) != "vision" and (p.requires_grad or "embed" not in name)
+        found.append(
+            Parameter(
+                p.numel(), part_of(name), p.requires_grad, has_backward,
+                is_replicated=replicate_frozen and not p.requires_grad,
+            )
+        )  # fmt: skip
+    return found
+
+
+class Workload:
+    """Draws a global step and says what every rank computes in every round of micro-batches."""
+
+    def __init__(self, recipe: Recipe, *, text: Text, seed: int = 0) -> None:
+        self.recipe, self.text, self.seed = recipe, text, seed
+        config = recipe.shape.config(guided=True, attention="sdpa")
+        self._counter = FlopCounter(config, trains(recipe.train, guided=True), image_size=recipe.shape.image_size)
+
+    def rounds(self, *, samples: int, world_size: int, max_images: int | None = None) -> list[list[RankWork]]:
+        """[round][rank], of one step of `samples` samples."""
+        shape = self.recipe.shape
+        lengths = draw(self.text, samples, seed=self.seed)
+        sizes = [
+            SampleSize(str(i), one.prompt + one.answer + one.images * shape.num_query_tokens, one.images)
+            for i, one in enumerate(lengths)
+        ]
+        works = [self._work(size, one.answer, one.qformer_text) for size, one in zip(sizes, lengths)]
+        packs = pack(sizes, max_tokens=shape.max_tokens, max_images=max_images or shape.max_images)
+        hands = deal(packs, sizes, world_size=world_size)
+        return [[_sum([works[i] for i in hand[r] or ()]) for hand in hands] for r in range(len(hands[0]))]
+
+    def _work(self, size: SampleSize, num_labels: int, num_text_tokens: int) -> RankWork:
+        flops = self._counter.sample(
+            num_tokens=size.num_tokens,
+            num_labels=num_labels,
+            num_images=size.num_images,
+            num_text_tokens=num_text_tokens,
+        )
+        return RankWork(flops.vision, flops.qformer, flops.language_model, size.num_tokens, size.num_images)
+
+
+def slowest(works: Sequence[RankWork], seconds: "PartSeconds") -> dict[str, float]:
+    """Part -> seconds on the slowest rank: what all wait for where every bucket is a collective."""
+    return {part: max(seconds.of(part, getattr(work, part)) for work in works) for part in PARTS}
+
+
+@dataclass(frozen=True)
+class PartSeconds:
+    """mfu: part -> share of `peak` (FLOP/s) that its real work reaches. source: measured, or assumed."""
+
+    mfu: dict[str, float]
+    peak: float
+    source: str
+
+    def of(self, part: str, flops: float) -> float:
+        return flops / (self.mfu[part] * self.peak)
+
+    def total(self, work: RankWork) -> float:
+        return sum(self.of(part, getattr(work, part)) for part in PARTS)
+
+
+def _sum(works: Sequence[RankWork]) -> RankWork:
+    total = RankWork()
+    for work in works:
+        total = replace(
+            total,
+            vision=total.vision + work.vision,
+            qformer=total.qformer + work.qformer,
+            language_model=total.language_model + work.language_model,
+            tokens=total.tokens + work.tokens,
+            images=total.images + work.images,
+        )
+    return total

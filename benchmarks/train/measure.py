@@ -1,0 +1,129 @@
+"""Times of whole steps on a GPU, and nowhere else.
+
+Rows take turns: in every round each makes its optimizer, runs one step that is not timed, then some that are, and gives
+its optimizer back, so that full training of several models fits and a drifting clock moves all alike. A row that runs
+out of memory says so and is left out of later rounds.
+"""
+
+import gc
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+
+from benchmarks.kernels.measure import EventTimer, Timing, require_gpu
+from benchmarks.train.loops import Loop
+from benchmarks.train.phases import PARTS, Phases, by_part, watching
+
+ROUNDS = 6
+STEPS = 5
+GIB = 2**30
+
+
+def out_of_memory(error: BaseException) -> bool:
+    return isinstance(error, torch.OutOfMemoryError)
+
+
+def measure_rows(
+    loops: Mapping[str, Loop], *, rounds: int = ROUNDS, steps: int = STEPS, timer: Any = None
+) -> dict[str, dict[str, Any]]:
+    """Name -> {"step": Timing of one step, "peak_bytes"} or {"status": "out of memory", "why"}."""
+    timer = timer or EventTimer()
+    found: dict[str, dict[str, Any]] = {name: {} for name in loops}
+    times: dict[str, list[float]] = {name: [] for name in loops}
+    for _ in range(rounds):
+        for name, loop in loops.items():
+            if "status" in found[name]:
+                continue
+            try:
+                with active(loop):
+                    reset_peak(loop)
+                    loop.step()
+                    start = timer.mark()
+                    for _ in range(steps):
+                        loop.step()
+                    times[name].append(timer.milliseconds(start, timer.mark()) / steps)
+                    found[name]["peak_bytes"] = max(found[name].get("peak_bytes", 0), peak(loop))
+            except torch.OutOfMemoryError as error:
+                found[name] = {"status": "out of memory", "why": str(error).split(". ")[0]}
+            free()
+    for name, values in times.items():
+        if values and "status" not in found[name]:
+            found[name]["step"] = Timing.of(values, reps=steps).to_dict()
+    return found
+
+
+class active:
+    """The loop with its optimizer, inside."""
+
+    def __init__(self, loop: Loop) -> None:
+        self.loop = loop
+
+    def __enter__(self) -> Loop:
+        self.loop.activate()
+        return self.loop
+
+    def __exit__(self, *_: Any) -> None:
+        self.loop.release()
+
+
+def breakdown(loop: Loop, *, steps: int = 3, timer: Any = None) -> dict[str, Any]:
+    """{"parts": part -> ms of a step, "phases": phase -> ms}, medians over steps, in an active loop."""
+    timer = timer or EventTimer()
+    seen: list[dict[str, float]] = []
+    for _ in range(steps):
+        phases = Phases(timer)
+        with watching(loop, phases):
+            loop.step()
+        seen.append(phases.milliseconds())
+    names = list(dict.fromkeys(name for one in seen for name in one))
+    middle = {name: sorted(one.get(name, 0.0) for one in seen)[len(seen) // 2] for name in names}
+    parts = by_part(middle)
+    return {"phases": middle, "parts": {part: parts[part] for part in PARTS}}
+
+
+def trace(loop: Loop, path: str) -> None:
+    """One step as a Chrome trace (chrome://tracing, Perfetto), in an active loop that is warm."""
+    from torch.profiler import ProfilerActivity, profile
+
+    activities = [ProfilerActivity.CPU]
+    if torch.cuda.is_available():
+        activities.append(ProfilerActivity.CUDA)
+    with profile(activities=activities, record_shapes=True) as profiler:
+        loop.step()
+        synchronize(loop)
+    profiler.export_chrome_trace(path)
+
+
+def wall_seconds(work: Callable[[], object], loop: Loop) -> float:
+    """What the host waits for `work`, the device idle before and after."""
+    require_gpu()
+    synchronize(loop)
+    since = time.perf_counter()
+    work()
+    synchronize(loop)
+    return time.perf_counter() - since
+
+
+def synchronize(loop: Loop) -> None:
+    if loop.setting.device.type == "cuda":
+        torch.cuda.synchronize(loop.setting.device)
+
+
+def reset_peak(loop: Loop) -> None:
+    if loop.setting.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(loop.setting.device)
+
+
+def peak(loop: Loop) -> int:
+    """Most bytes allocated since `reset_peak`, what other rows keep (their float32 copies) included; 0 on a CPU."""
+    if loop.setting.device.type != "cuda":
+        return 0
+    return torch.cuda.max_memory_allocated(loop.setting.device)
+
+
+def free() -> None:
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()

@@ -1,0 +1,140 @@
+"""Random weights once, and every model of the benchmark as another view of them.
+
+A peer's parameters are its own objects (what trains differs) over the same memory: three 7B models take the room of
+one, and are equal without being copied.
+"""
+
+import math
+from collections.abc import Callable, Iterator
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+from transformers import InstructBlipForConditionalGeneration, PreTrainedModel
+from transformers.initialization import no_init_weights
+
+from benchmarks.train.shapes import ModelShape, Train, trains
+from samtrain.core.seeds import derive_seed
+from samtrain.model.freezing import apply_freezing
+from samtrain.model.kernels import choose_kernels
+from samtrain.model.modeling import SamMllmForConditionalGeneration
+
+Model = TypeVar("Model", bound=PreTrainedModel)
+EMBEDDINGS = ("embed_tokens", "word_embeddings", "position_embedding", "class_embedding", "query_tokens")
+
+
+def build_ours(
+    shape: ModelShape,
+    *,
+    train: Train,
+    guided: bool = True,
+    dtype: torch.dtype,
+    device: torch.device,
+    attention: str = "sdpa",
+    like: nn.Module | None = None,
+) -> SamMllmForConditionalGeneration:
+    """Our model in train mode, its frozen parts in eval.
+
+    Args:
+        like: a model whose memory the weights of the same names share; None: random ones are drawn.
+    """
+    place = torch.device("meta") if like is not None else device
+    model = construct_ours(shape, guided=guided, dtype=dtype, device=place, attention=attention)
+    config, options = model.config, trains(train, guided=guided)
+    if options.language_model == "lora":
+        _attach_lora(model, train, device, is_empty=like is not None)
+    _fill(model, like=like, device=device)
+    apply_freezing(model, options)
+    model.kernels = choose_kernels(
+        "auto", config.qformer_config, device_type=device.type, qformer_trains=options.qformer
+    )
+    return model.train()
+
+
+def construct_ours(
+    shape: ModelShape, *, guided: bool, dtype: torch.dtype, device: torch.device, attention: str = "sdpa"
+) -> SamMllmForConditionalGeneration:
+    """Our model with whatever its memory holds; on the meta device it has none."""
+    config = shape.config(guided=guided, attention=attention)
+    for part in (config, config.vision_config, config.qformer_config, config.text_config):
+        part.dtype = dtype
+    return _construct(lambda: SamMllmForConditionalGeneration(config), dtype, device)
+
+
+def build_instructblip(
+    shape: ModelShape, *, train: Train, dtype: torch.dtype, device: torch.device, attention: str, like: nn.Module
+) -> InstructBlipForConditionalGeneration:
+    """transformers' model as a careful user trains it: train mode, frozen parts in eval, nothing of ours inside."""
+    config = shape.instructblip_config(attention=attention)
+    model = _construct(lambda: InstructBlipForConditionalGeneration(config), dtype, torch.device("meta"))
+    options = trains(train, guided=False)
+    if options.language_model == "lora":
+        _attach_lora(model, train, device, is_empty=True)
+    _fill(model, like=like, device=device)
+    apply_freezing(model, options)
+    model.train()
+    for child in model.children():
+        if not any(parameter.requires_grad for parameter in child.parameters()):
+            child.eval()
+    return model
+
+
+def _construct(make: Callable[[], Model], dtype: torch.dtype, device: torch.device) -> Model:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with device, no_init_weights():
+            return make()
+    finally:
+        torch.set_default_dtype(before)
+
+
+def _attach_lora(model: nn.Module, train: Train, device: torch.device, *, is_empty: bool) -> None:
+    from samtrain.model.lora import attach_lora
+
+    with torch.device("meta" if is_empty else device):
+        attach_lora(model, trains(train, guided=True).lora)  # type: ignore[arg-type]
+
+
+@torch.no_grad()
+def _fill(model: nn.Module, *, like: nn.Module | None, device: torch.device) -> None:
+    """Draw the parameters, or share those of `like` by name; buffers are always made anew or copied."""
+    theirs = dict(like.named_parameters()) if like is not None else {}
+    buffers = dict(like.named_buffers()) if like is not None else {}
+    for name, module in model.named_modules():
+        for own, parameter in list(module._parameters.items()):
+            if parameter is None:
+                continue
+            full = f"{name}.{own}" if name else own
+            if full in theirs:
+                module._parameters[own] = nn.Parameter(theirs[full].data)
+            else:
+                _draw(parameter, full)
+        for own in module._buffers:
+            full = f"{name}.{own}" if name else own
+            if full in buffers:
+                module._buffers[own] = buffers[full]
+    strays = [n for n, t in _tensors(model) if t.device.type == "meta"]
+    assert not strays, f"no weights for {strays[:3]}"
+
+
+def _draw(parameter: nn.Parameter, name: str) -> None:
+    """Unit variance through a layer at any width, biases small, norms near one; depends on the name alone.
+
+    A and B of guidance, zero before training, are drawn too: all gradients must be there.
+    """
+    generator = torch.Generator(parameter.device).manual_seed(derive_seed("weights", name))
+    last = name.rsplit(".", 1)[-1]
+    if parameter.dim() > 1 and not any(part in name for part in EMBEDDINGS):
+        parameter.normal_(0.0, 1.0 / math.sqrt(parameter[0].numel()), generator=generator)
+    elif parameter.dim() > 1:
+        parameter.normal_(0.0, 1.0 if "embed_tokens" in name else 0.5, generator=generator)
+    elif last == "weight":
+        parameter.fill_(1.0)
+    else:
+        parameter.normal_(0.0, 0.02, generator=generator)
+
+
+def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    yield from model.named_parameters()
+    yield from model.named_buffers()
