@@ -38,5 +38,5 @@ class Network:
         return (
             f"{self.gpus_per_node} GPUs a node, NVLink {self.nvlink / 1e9:.0f} GB/s one way, a card of "
             f"{8 * self.card / 1e9:.0f} Gb/s for every GPU, {100 * self.efficiency:.0f} % of them reached; a ring's "
-            f"step takes {1e6 * self.latency_inside:.1f} us inside a node, {1e6 * self.latency_between:.1f} between nodes"
+            f"step takes {1e6 * self.latency_inside:.1f} us inside a node, {1e6 * self.latency_between:.1f} us else"
         )

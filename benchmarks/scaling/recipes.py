@@ -1,7 +1,7 @@
 """The recipes that are scaled: parameters in the order of the forward pass, arithmetic of real samples, and packs.
 
-What a recipe is follows from `benchmarks.train.shapes`; samples have the lengths of `benchmarks.train.lengths`; packs and
-deals are the loader's own.
+What a recipe is follows from `benchmarks.train.shapes`; samples have the lengths of `benchmarks.train.lengths`; packs
+and deals are the loader's own.
 """
 
 from collections.abc import Sequence

@@ -12,10 +12,11 @@ What the numbers of a batch decide (which labels count, how long rows are) is re
 import contextlib
 import weakref
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
@@ -78,13 +79,16 @@ def count_step(row: Row, setting: Setting, data: StepData) -> StepCounts:
     """Count one step of a row: every micro-batch, and the update."""
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
+    # Modules are made without memory first: PEFT moves its layers about, which fake parameters refuse.
+    empty = replace(setting, device=torch.device("meta"))
+    like = None
+    if row.name not in ("ours", "ours_zero"):
+        like = build_ours(setting.shape, train=setting.train, dtype=setting.dtype, device=empty.device)
+    loop = row.make(empty, data, like)
+    loop.setting = setting
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     with mode:
-        like = None
-        if row.name not in ("ours", "ours_zero"):
-            like = build_ours(setting.shape, train=setting.train, dtype=setting.dtype, device=setting.device)
-        loop = row.make(setting, data, like)
-        del like
+        _make_fake(loop.module, setting.device)
         loop.activate()
     weights = _storage_bytes(loop.module.parameters())
     optimizer = loop.engine.optimizer.num_bytes()
@@ -110,6 +114,24 @@ def count_step(row: Row, setting: Setting, data: StepData) -> StepCounts:
         num_padded_tokens=loop.num_padded_tokens,
         num_micro_batches=len(loop.batches),
     )
+
+
+def _make_fake(module: nn.Module, device: torch.device) -> None:
+    """Fake tensors on `device` in place of all parameters and buffers, tied ones once."""
+    made: dict[int, Tensor] = {}
+
+    def fake(tensor: Tensor) -> Tensor:
+        if id(tensor) not in made:
+            new = torch.empty(tensor.shape, dtype=tensor.dtype, device=device)
+            is_parameter = isinstance(tensor, nn.Parameter)
+            made[id(tensor)] = nn.Parameter(new, tensor.requires_grad) if is_parameter else new
+        return made[id(tensor)]
+
+    for child in module.modules():
+        for tensors in (child._parameters, child._buffers):
+            for name, tensor in list(tensors.items()):
+                if tensor is not None:
+                    tensors[name] = fake(tensor)  # type: ignore[index]
 
 
 def _storage_bytes(tensors: Any) -> int:

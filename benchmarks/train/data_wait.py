@@ -6,7 +6,6 @@ the lengths of `lengths.py` in a tokenizer of one word a token.
 
 import io
 import time
-from dataclasses import dataclass
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -26,25 +25,13 @@ SIZE = (640, 480)
 PICTURES = 64  # different ones; samples share them
 
 
-@dataclass(frozen=True)
 class WordEncoder:
     """`core.sample.SampleEncoder` of a shape: a word is a token, `prefix` layout."""
 
-    shape: ModelShape
-    pad_token_id: int = 0
-    qformer_pad_token_id: int = 0
-
-    @property
-    def image_token_id(self) -> int:
-        return self.shape.image_token_id
-
-    @property
-    def num_query_tokens(self) -> int:
-        return self.shape.num_query_tokens
-
-    @property
-    def image_size(self) -> int:
-        return self.shape.image_size
+    def __init__(self, shape: ModelShape) -> None:
+        self.image_token_id, self.num_query_tokens = shape.image_token_id, shape.num_query_tokens
+        self.image_size = shape.image_size
+        self.pad_token_id = self.qformer_pad_token_id = 0
 
     def encode(self, *, key: str, instruction: str, output: str | None, num_images: int) -> EncodedText:
         words = [3 + int(word) % (self.image_token_id - 3) for word in instruction.split()]

@@ -36,17 +36,18 @@ def build_ours(
     """Our model in train mode, its frozen parts in eval.
 
     Args:
-        like: a model whose memory the weights of the same names share; None: random ones are drawn.
+        like: a model whose memory the weights of the same names share; None: random ones are drawn (none on meta).
     """
     place = torch.device("meta") if like is not None else device
     model = construct_ours(shape, guided=guided, dtype=dtype, device=place, attention=attention)
     config, options = model.config, trains(train, guided=guided)
     if options.language_model == "lora":
         _attach_lora(model, train, device, is_empty=like is not None)
-    _fill(model, like=like, device=device)
+    fill(model, like=like)
     apply_freezing(model, options)
+    kernels_on = "cpu" if device.type == "meta" else device.type
     model.kernels = choose_kernels(
-        "auto", config.qformer_config, device_type=device.type, qformer_trains=options.qformer
+        "auto", config.qformer_config, device_type=kernels_on, qformer_trains=options.qformer
     )
     return model.train()
 
@@ -58,7 +59,7 @@ def construct_ours(
     config = shape.config(guided=guided, attention=attention)
     for part in (config, config.vision_config, config.qformer_config, config.text_config):
         part.dtype = dtype
-    return _construct(lambda: SamMllmForConditionalGeneration(config), dtype, device)
+    return construct(lambda: SamMllmForConditionalGeneration(config), dtype, device)
 
 
 def build_instructblip(
@@ -66,11 +67,11 @@ def build_instructblip(
 ) -> InstructBlipForConditionalGeneration:
     """transformers' model as a careful user trains it: train mode, frozen parts in eval, nothing of ours inside."""
     config = shape.instructblip_config(attention=attention)
-    model = _construct(lambda: InstructBlipForConditionalGeneration(config), dtype, torch.device("meta"))
+    model = construct(lambda: InstructBlipForConditionalGeneration(config), dtype, torch.device("meta"))
     options = trains(train, guided=False)
     if options.language_model == "lora":
         _attach_lora(model, train, device, is_empty=True)
-    _fill(model, like=like, device=device)
+    fill(model, like=like)
     apply_freezing(model, options)
     model.train()
     for child in model.children():
@@ -79,7 +80,8 @@ def build_instructblip(
     return model
 
 
-def _construct(make: Callable[[], Model], dtype: torch.dtype, device: torch.device) -> Model:
+def construct(make: Callable[[], Model], dtype: torch.dtype, device: torch.device) -> Model:
+    """A module in `dtype` on `device`, its parameters not yet drawn."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
@@ -97,7 +99,7 @@ def _attach_lora(model: nn.Module, train: Train, device: torch.device, *, is_emp
 
 
 @torch.no_grad()
-def _fill(model: nn.Module, *, like: nn.Module | None, device: torch.device) -> None:
+def fill(model: nn.Module, *, like: nn.Module | None = None) -> None:
     """Draw the parameters, or share those of `like` by name; buffers are always made anew or copied."""
     theirs = dict(like.named_parameters()) if like is not None else {}
     buffers = dict(like.named_buffers()) if like is not None else {}
@@ -108,14 +110,14 @@ def _fill(model: nn.Module, *, like: nn.Module | None, device: torch.device) -> 
             full = f"{name}.{own}" if name else own
             if full in theirs:
                 module._parameters[own] = nn.Parameter(theirs[full].data)
-            else:
+            elif parameter.device.type != "meta":
                 _draw(parameter, full)
         for own in module._buffers:
             full = f"{name}.{own}" if name else own
             if full in buffers:
                 module._buffers[own] = buffers[full]
-    strays = [n for n, t in _tensors(model) if t.device.type == "meta"]
-    assert not strays, f"no weights for {strays[:3]}"
+    devices = {tensor.device for _, tensor in _tensors(model)}
+    assert len(devices) == 1, f"tensors on {devices}: {type(model).__name__} has some that the shared model lacks"
 
 
 def _draw(parameter: nn.Parameter, name: str) -> None:

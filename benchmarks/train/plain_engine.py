@@ -12,8 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from samtrain.core.batch import PackedBatch
+from samtrain.engine.optimizer import build_parameter_groups
 from samtrain.engine.options import TrainOptions
 from samtrain.engine.zero import Fragment
+from samtrain.model.freezing import part_of
 
 CHUNK_ELEMENTS = 2**29  # of float32 gradients that exist at a time: 2 GiB
 
@@ -26,15 +28,16 @@ class MasterAdamW:
         self.options = options
         self.norm = torch.zeros(())
         self.pieces: list[tuple[list[nn.Parameter], list[Tensor], torch.optim.Optimizer]] = []
-        for params in _pieces([p for _, p in self.named]):
-            masters = [p.detach().float().clone() for p in params]
-            fused = params[0].device.type == "cuda"
-            betas = (options.adam_beta1, options.adam_beta2)
-            optimizer = torch.optim.AdamW(
-                masters, lr=options.learning_rate, betas=betas, eps=options.adam_epsilon,
-                weight_decay=options.weight_decay, fused=fused,
-            )  # fmt: skip
-            self.pieces.append((params, masters, optimizer))
+        betas = (options.adam_beta1, options.adam_beta2)
+        for group in build_parameter_groups(self.named, options, part_of):
+            settings = {name: value for name, value in group.items() if name != "params"}
+            for params in _pieces(group["params"]):
+                masters = [p.detach().float().clone() for p in params]
+                fused = params[0].device.type == "cuda"
+                optimizer = torch.optim.AdamW(
+                    [{**settings, "params": masters}], betas=betas, eps=options.adam_epsilon, fused=fused
+                )
+                self.pieces.append((params, masters, optimizer))
 
     @torch.no_grad()
     def step(self) -> bool:
@@ -46,11 +49,17 @@ class MasterAdamW:
         factor = (self.options.max_grad_norm / (self.norm + 1e-6)).clamp(max=1.0)
         for params, masters, optimizer in self.pieces:
             for p, master in zip(params, masters):
-                master.grad = None if p.grad is None else p.grad.float().mul_(factor)
+                master.grad = None if p.grad is None else p.grad.float().mul(factor)
             optimizer.step()
             torch._foreach_copy_(list(params), masters)
             optimizer.zero_grad(set_to_none=True)
         return True
+
+    def set_learning_rate(self, factor: float) -> None:
+        """Scale every group's own rate by `factor` for the next step."""
+        for _, _, optimizer in self.pieces:
+            for group in optimizer.param_groups:
+                group["lr"] = group["initial_lr"] * factor
 
     def zero_grad(self) -> None:
         for _, parameter in self.named:
@@ -85,6 +94,9 @@ class PlainEngine:
     @property
     def grad_norm(self) -> float:
         return float(self.optimizer.norm)
+
+    def set_learning_rate(self, factor: float) -> None:
+        self.optimizer.set_learning_rate(factor)
 
     def discard_gradients(self) -> None:
         self.optimizer.zero_grad()

@@ -90,8 +90,8 @@ def title(table: Table) -> str:
     checkpointing = ", gradient checkpointing" if table["checkpointing"] else ""
     return (
         f"{table['shape']} ({table['note']}), {table['train']}: {parameters['trainable'] / 1e6:,.1f} M of "
-        f"{parameters['all'] / 1e6:,.0f} M parameters train{checkpointing}; guidance {table['context']}, l = {initial}, "
-        f"k = {contextual}\n{table['data']['description']}; {TEXTS[table['text']]}"
+        f"{parameters['all'] / 1e6:,.0f} M parameters train{checkpointing}; guidance {table['context']}, "
+        f"l = {initial}, k = {contextual}\n{table['data']['description']}; {TEXTS[table['text']]}"
     )
 
 

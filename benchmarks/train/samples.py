@@ -13,6 +13,7 @@ from benchmarks.train.lengths import Lengths, Text, draw
 from benchmarks.train.shapes import ModelShape
 from samtrain.core.batch import IGNORE_INDEX, GlobalStep
 from samtrain.core.sample import EncodedText
+from samtrain.core.seeds import derive_seed
 from samtrain.data.collate import ReadySample, collate
 from samtrain.data.packing import SampleSize, deal, pack
 
@@ -75,14 +76,17 @@ def places_of(shape: ModelShape) -> Places:
     return Places(shape.image_token_id, shape.num_query_tokens, shape.image_size)
 
 
-def draw_step(shape: ModelShape, *, text: Text, samples: int, max_images: int, seed: int = 0) -> StepData:
+def draw_step(
+    shape: ModelShape, *, text: Text, samples: int, max_images: int, seed: int = 0, words: int | None = None
+) -> StepData:
     """The step of a seed.
 
     Args:
-        max_images: budget of a pack; the token budget is the shape's.
+        max_images: budget of a pack; the token budget is the shape's. words: the vocabulary that is used; None: all.
     """
     ready = tuple(
-        _sample(shape, lengths, key=f"{text}-{seed}-{i}") for i, lengths in enumerate(draw(text, samples, seed=seed))
+        _sample(shape, lengths, key=f"{text}-{seed}-{i}", words=words)
+        for i, lengths in enumerate(draw(text, samples, seed=seed))
     )
     sizes = sizes_of(ready)
     packs = pack(sizes, max_tokens=shape.max_tokens, max_images=max_images)
@@ -94,28 +98,29 @@ def sizes_of(samples: Sequence[ReadySample]) -> list[SampleSize]:
     return [SampleSize(sample.key, sample.text.num_tokens, len(sample.images)) for sample in samples]
 
 
-def encoded(shape: ModelShape, lengths: Lengths, *, generator: torch.Generator) -> EncodedText:
+def encoded(
+    shape: ModelShape, lengths: Lengths, *, generator: torch.Generator, words: int | None = None
+) -> EncodedText:
     """Random words in the `prefix` layout: all images, bos, instruction, answer, eos."""
 
-    def words(count: int, vocabulary: int) -> list[int]:
-        return torch.randint(_FIRST_WORD, vocabulary, (max(0, count),), generator=generator).tolist()
+    def some(count: int, vocabulary: int) -> list[int]:
+        end = min(vocabulary, _FIRST_WORD + words) if words else vocabulary
+        return torch.randint(_FIRST_WORD, end, (max(0, count),), generator=generator).tolist()
 
     image_token = shape.image_token_id
     spans = [image_token] * (lengths.images * shape.num_query_tokens)
-    prompt = [*spans, BOS, *words(lengths.prompt - 1, image_token)]
-    answer = [*words(lengths.answer - 1, image_token), EOS]
+    prompt = [*spans, BOS, *some(lengths.prompt - 1, image_token)]
+    answer = [*some(lengths.answer - 1, image_token), EOS]
     vocabulary = int(shape.qformer.get("vocab_size", 30522))
     return EncodedText(
         input_ids=prompt + answer,
         labels=[IGNORE_INDEX] * len(prompt) + answer,
-        qformer_input_ids=words(lengths.qformer_text, vocabulary),
+        qformer_input_ids=some(lengths.qformer_text, vocabulary),
     )
 
 
-def _sample(shape: ModelShape, lengths: Lengths, *, key: str) -> ReadySample:
-    from samtrain.core.seeds import derive_seed
-
+def _sample(shape: ModelShape, lengths: Lengths, *, key: str, words: int | None) -> ReadySample:
     generator = torch.Generator().manual_seed(derive_seed(key))
     size = shape.image_size
     images = [torch.randn(3, size, size, generator=generator) for _ in range(lengths.images)]
-    return ReadySample(key, encoded(shape, lengths, generator=generator), images)
+    return ReadySample(key, encoded(shape, lengths, generator=generator, words=words), images)
