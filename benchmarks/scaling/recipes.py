@@ -77,11 +77,18 @@ class Workload:
 
     def __init__(self, recipe: Recipe, *, text: Text, seed: int = 0) -> None:
         self.recipe, self.text, self.seed = recipe, text, seed
+        self._drawn: dict[tuple[int, int, int | None], list[list[RankWork]]] = {}
         config = recipe.shape.config(guided=True, attention="sdpa")
         self._counter = FlopCounter(config, trains(recipe.train, guided=True), image_size=recipe.shape.image_size)
 
     def rounds(self, *, samples: int, world_size: int, max_images: int | None = None) -> list[list[RankWork]]:
-        """[round][rank], of one step of `samples` samples."""
+        """[round][rank], of one step of `samples` samples; drawn and packed once."""
+        key = (samples, world_size, max_images)
+        if key not in self._drawn:
+            self._drawn[key] = self._rounds(samples, world_size, max_images)
+        return self._drawn[key]
+
+    def _rounds(self, samples: int, world_size: int, max_images: int | None) -> list[list[RankWork]]:
         shape = self.recipe.shape
         lengths = draw(self.text, samples, seed=self.seed)
         sizes = [
