@@ -42,7 +42,10 @@ def test_a_step_lasts_as_long_as_its_slowest_ranks_where_nothing_is_moved(worklo
     assert row["mfu"] == pytest.approx(0.5 * mean / slowest, rel=1e-6)
 
 
-def test_a_slow_network_ends_scaling_and_replicated_weights_go_on(workload: Workload, tmp_path: Path) -> None:
+def test_a_slow_network_ends_scaling_and_replicated_weights_go_on(
+    workload: Workload, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("benchmarks.scaling.study.PERSISTENCE_THRESHOLD", 100)  # the toy's parameters are small
     slow = replace(ASSUMPTIONS, network=Network(latency_between=0.5))
     rows = study(RECIPE, workload, slow, strategies=("partitioned", "replicated"), world_sizes=(8, 16, 32))
     by_strategy = {s: [r for r in rows if r["strategy"] == s] for s in ("partitioned", "replicated")}
