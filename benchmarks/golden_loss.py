@@ -109,7 +109,8 @@ def build_golden(recipe: Recipe, shape: ModelShape, *, dtype: torch.dtype, devic
     model.kernels = choose_kernels(
         "auto", config.qformer_config, device_type=device.type, qformer_trains=trains_qformer
     )
-    return model.to(device).train()
+    moved: Any = model
+    return moved.to(device).train()
 
 
 def trajectory(
@@ -120,6 +121,7 @@ def trajectory(
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     options = recipe.train.model_copy(update={"precision": precision})
     engine: Any = PlainEngine(build_golden(recipe, shape, dtype=dtype, device=device), options=options, device=device)
+    nobody: Any = _Nobody()
     for i in range(steps):
         data = draw_step(
             shape, text="mini", samples=shape.samples, max_images=shape.max_images, seed=recipe.seed + i, words=WORDS
@@ -130,7 +132,7 @@ def trajectory(
             data.global_step(),
             step_number=i + 1,
             stop_requested=False,
-            watchdog=_Nobody(),  # type: ignore[arg-type]
+            watchdog=nobody,
         )
         yield GoldenStep(float(result.loss_sum) / result.counts.label_tokens, engine.grad_norm)
 
@@ -185,7 +187,7 @@ def main(
     if not write:
         _check(golden, identity(recipe, shape), precision, file)
     found = []
-    for i, one in enumerate(trajectory(recipe, steps=steps, precision=precision, device=torch.device(device)), start=1):  # type: ignore[arg-type]
+    for i, one in enumerate(trajectory(recipe, steps=steps, precision=precision, device=torch.device(device)), start=1):
         print(f"step {i}: loss {one.loss:.6f}, gradient norm {one.grad_norm:.4f}", flush=True)
         found.append(one)
     if write:
@@ -200,10 +202,10 @@ def main(
     expected = [GoldenStep(**values) for values in golden["trajectories"][precision]["steps"]]
     compared = min(len(found), len(expected))
     worst = max(abs(a.loss - b.loss) / abs(b.loss) for a, b in zip(found, expected))
-    difference = first_difference(found, expected, precision=precision)  # type: ignore[arg-type]
+    difference = first_difference(found, expected, precision=precision)
     print(f"{compared} steps compared, {precision}: largest relative difference of the loss {worst:.2e}")
     if difference is not None or math.isnan(worst):
-        print(f"they part at step {difference}; tolerance {TOLERANCE[precision]:g}")  # type: ignore[index]
+        print(f"they part at step {difference}; tolerance {TOLERANCE[precision]:g}")
         raise typer.Exit(1)
 
 

@@ -128,10 +128,11 @@ def _make_fake(module: nn.Module, device: torch.device) -> None:
         return made[id(tensor)]
 
     for child in module.modules():
-        for tensors in (child._parameters, child._buffers):
+        members: list[dict[str, Any]] = [child._parameters, child._buffers]
+        for tensors in members:
             for name, tensor in list(tensors.items()):
                 if tensor is not None:
-                    tensors[name] = fake(tensor)  # type: ignore[index]
+                    tensors[name] = fake(tensor)
 
 
 def _storage_bytes(tensors: Any) -> int:
