@@ -66,10 +66,9 @@ def load_square(
 
 def resize(pixels: np.ndarray, size: int) -> np.ndarray:
     """[H, W, 3] uint8 to [size, size, 3], antialiased bicubic."""
+    pixels = np.ascontiguousarray(pixels)  # of a view torch makes a slower copy, and it has no negative strides
     if pixels.shape[:2] == (size, size):
-        return np.ascontiguousarray(pixels)
-    if min(pixels.strides) < 0:  # turned upright; torch has no negative strides
-        pixels = np.ascontiguousarray(pixels)
+        return pixels
     batch = torch.from_numpy(pixels).permute(2, 0, 1)[None]
     resized = torch.nn.functional.interpolate(batch, size=(size, size), mode="bicubic", antialias=True)
     return resized[0].permute(1, 2, 0).contiguous().numpy()

@@ -28,7 +28,7 @@ from samtrain.data.index import ShardError
 from samtrain.data.mixture import SampleSet
 from samtrain.data.options import DataOptions
 from samtrain.data.order import Slot
-from samtrain.data.packing import SampleSize, deal, pack
+from samtrain.data.packing import SampleSize, deal
 from samtrain.data.pixels import Augmentation, load_square
 from samtrain.data.quarantine import Quarantine
 
@@ -117,8 +117,12 @@ class StepBuilder:
             excluded = self._in_quarantine(slots)
         prepared, unusable = self._prepare_all(slots, excluded)
         sizes = [sample.size for sample in prepared]
-        packs = pack(sizes, max_tokens=self.options.max_tokens, max_images=self.options.max_images)
-        own = deal(packs, sizes, world_size=self.world_size)[self.rank]
+        own = deal(
+            sizes,
+            max_tokens=self.options.max_tokens,
+            max_images=self.options.max_images,
+            world_size=self.world_size,
+        )[self.rank]
         flat = [prepared[i] for chosen in own for i in chosen or ()]
         self.index.prefetch_images([sample.slot.index for sample in flat])
         decoded = iter(zip(flat, map_function(self._decode, flat)))
