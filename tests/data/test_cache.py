@@ -114,6 +114,13 @@ def test_four_processes_hold_one_bound_and_read_what_they_wrote(tmp_path):
     assert DiskCache(tmp_path, max_bytes=limit).used_bytes() <= limit
 
 
+def test_what_is_being_written_takes_its_room_before_it_is(tmp_path):
+    cache = DiskCache(tmp_path, max_bytes=MIB)
+    for i in range(5):
+        cache._reserve(100_000, tmp_path / "entries" / "0" / f".writing-{i}", 100_000)
+    assert cache.used_bytes() >= 500_000
+
+
 def test_killed_writers_leave_nothing_torn_and_the_bound_still_holds(tmp_path):
     limit = 2 * MIB
     for seed in range(6):
