@@ -30,12 +30,13 @@ class RemoteOptions(Options):
 
     cache_dir: a folder on a local disk, shared by the processes of a node; null = samtrain/shards in the user's cache
         folder (XDG_CACHE_HOME).
-    cache_bytes: what the cache takes there at most; a second epoch makes no request where the set is smaller. 0: none.
+    cache_bytes: what the cache takes there at most; a second epoch makes no request where the set is smaller. null =
+        half of what the disk has free besides it; 0 = no cache.
     retry_seconds: how long reading is tried again where the store fails, before a shard is given up.
     """
 
     cache_dir: str | None = None
-    cache_bytes: int = Field(default=64 * 1024**3, ge=0)
+    cache_bytes: int | None = Field(default=None, ge=0)
     retry_seconds: float = Field(default=300.0, ge=0, allow_inf_nan=False)
 
 

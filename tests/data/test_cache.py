@@ -209,6 +209,18 @@ def test_a_cache_that_is_deleted_under_its_user_begins_anew(tmp_path):
     assert cache.fetch("a", lambda: b"y") == b"y" == cache.get("a")
 
 
+def test_the_bound_leaves_half_of_the_disk_and_says_when_there_is_less(tmp_path, monkeypatch):
+    free = [100 * MIB]
+    monkeypatch.setattr("shutil.disk_usage", lambda path: type("Usage", (), {"free": free[0]}))
+    cache = DiskCache(tmp_path)
+    assert cache.max_bytes == 50 * MIB
+    cache.put("a", bytes(10 * MIB))
+    free[0] -= cache.used_bytes()
+    assert abs(DiskCache(tmp_path).max_bytes - 50 * MIB) < MIB  # whoever opens it later has the same bound
+    assert "0.0 GiB at most" in cache.describe() and "more than there is" not in cache.describe()
+    assert "data.remote.cache_bytes is more than there is" in DiskCache(tmp_path, max_bytes=2**40).describe()
+
+
 def test_what_is_too_large_for_it_is_not_kept_and_nothing_goes_for_it(tmp_path):
     cache = DiskCache(tmp_path, max_bytes=MIB)
     cache.put("a", b"x")
