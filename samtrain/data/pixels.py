@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from PIL import Image
+from torch import Tensor
 
 from samtrain.core.seeds import derive_seed
 from samtrain.data.decode import REDUCTIONS, EncodedPicture
@@ -44,8 +44,8 @@ class Augmentation:
 
 def load_square(
     data: bytes, *, size: int, augmentation: Augmentation | None, reduced: bool, max_pixels: int, where: str
-) -> Image.Image:
-    """`size` x `size` RGB of an encoded picture; the whole of it where nothing is augmented.
+) -> Tensor:
+    """[3, size, size] uint8 RGB of an encoded picture; the whole of it where nothing is augmented.
 
     Args:
         reduced: decode a JPEG at 1/2, 1/4 or 1/8 where the part that is seen keeps at least `size` pixels each way.
@@ -61,17 +61,16 @@ def load_square(
     pixels, reduction = picture.pixels(reduction=_reduction(box, size) if reduced else 1)
     left, top, right, bottom = (_reduced(edge, reduction) for edge in box)
     square = resize(pixels[top:bottom, left:right], size)
-    return Image.fromarray(np.ascontiguousarray(square[:, ::-1]) if is_flipped else square)
+    return square.flip(2) if is_flipped else square
 
 
-def resize(pixels: np.ndarray, size: int) -> np.ndarray:
-    """[H, W, 3] uint8 to [size, size, 3], antialiased bicubic."""
+def resize(pixels: np.ndarray, size: int) -> Tensor:
+    """[H, W, 3] uint8 to [3, size, size], antialiased bicubic."""
     pixels = np.ascontiguousarray(pixels)  # of a view torch makes a slower copy, and it has no negative strides
-    if pixels.shape[:2] == (size, size):
-        return pixels
     batch = torch.from_numpy(pixels).permute(2, 0, 1)[None]
-    resized = torch.nn.functional.interpolate(batch, size=(size, size), mode="bicubic", antialias=True)
-    return resized[0].permute(1, 2, 0).contiguous().numpy()
+    if pixels.shape[:2] != (size, size):
+        batch = torch.nn.functional.interpolate(batch, size=(size, size), mode="bicubic", antialias=True)
+    return batch[0].contiguous()
 
 
 def _reduction(box: Box, size: int) -> int:

@@ -342,20 +342,45 @@ def test_closing_ends_all_threads_also_in_the_middle_of_work(make_loader):
 
 
 def test_prefetching_is_bounded():
-    built = []
+    begun = []
 
-    def build(step, map_function):
-        built.append(step)
-        return step
+    def begin(step, map_function):
+        begun.append(step)
+        return lambda: step
 
-    stream = StepStream(build, num_steps=None, num_workers=1, prefetch_steps=3)
+    stream = StepStream(begin, num_steps=None, num_workers=1, prefetch_steps=3)
     try:
         assert next(stream) == 0
         deadline = time.monotonic() + 20
-        while len(built) < 3 and time.monotonic() < deadline:
+        while len(begun) < 3 and time.monotonic() < deadline:
             time.sleep(0.01)
         time.sleep(0.1)
-        assert built == [0, 1, 2]
+        assert begun == [0, 1, 2]
+    finally:
+        stream.close()
+
+
+def test_the_next_step_is_begun_before_this_one_is_finished_and_both_stay_in_order():
+    calls = []
+    second_begun = threading.Event()
+
+    def begin(step, map_function):
+        calls.append(("begin", step))
+        if step == 1:
+            second_begun.set()
+
+        def finish():
+            assert second_begun.wait(20)
+            calls.append(("finish", step))
+            return step
+
+        return finish
+
+    stream = StepStream(begin, num_steps=3, num_workers=1, prefetch_steps=2)
+    try:
+        assert list(stream) == [0, 1, 2]
+        for kind in ("begin", "finish"):
+            assert [step for name, step in calls if name == kind] == [0, 1, 2]
     finally:
         stream.close()
 

@@ -5,6 +5,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from samtrain.core.errors import DataError
@@ -34,14 +35,19 @@ def photograph():
     return jpeg(natural(900, 700))
 
 
+def in_rows(pixels):
+    """[3, H, W] uint8 as [H, W, 3] that can be subtracted."""
+    return pixels.permute(1, 2, 0).numpy().astype(int)
+
+
 def square(data, *, size=224, reduced=False, **augmented):
     augmentation = None
     if augmented:
         values = {"horizontal_flip": True, "seed": 1, "epoch": 0, "key": "k", "image_index": 0} | augmented
         augmentation = Augmentation(**values)
-    image = load_square(data, size=size, augmentation=augmentation, reduced=reduced, max_pixels=10**7, where="k")
-    assert image.mode == "RGB" and image.size == (size, size)
-    return np.asarray(image).astype(int)
+    seen = load_square(data, size=size, augmentation=augmentation, reduced=reduced, max_pixels=10**7, where="k")
+    assert seen.dtype == torch.uint8 and seen.shape == (3, size, size) and seen.is_contiguous()
+    return in_rows(seen)
 
 
 @pytest.fixture
@@ -61,7 +67,7 @@ def reductions(monkeypatch):
 def test_resizing_is_pils_bicubic_up_to_rounding(width_height):
     image = natural(*width_height)
     expected = np.asarray(image.resize((224, 224), Image.Resampling.BICUBIC)).astype(int)
-    difference = np.abs(resize(np.array(image), 224) - expected)
+    difference = np.abs(in_rows(resize(np.array(image), 224)) - expected)
     assert difference.max() <= 3 and difference.mean() < 0.25
 
 
@@ -144,7 +150,7 @@ def test_reduced_decoding_differs_little_from_decoding_in_full(photograph):
         box, _ = augmentation.draw(900, 700)
         left, top, right, bottom = (2 * _reduced(edge, 2) for edge in box)
         assert max(abs(a - b) for a, b in zip(box, (left, top, right, bottom))) <= 1  # source pixels
-        expected = resize(whole[top:bottom, left:right], 224)
+        expected = in_rows(resize(whole[top:bottom, left:right], 224))
         seen = square(photograph, reduced=True, horizontal_flip=False, seed=seed)
         assert np.abs(seen - expected).mean() < 4.5  # the crop is little more than twice the target
 
