@@ -278,6 +278,21 @@ def test_no_more_is_fetched_ahead_than_memory_allows(load, server, monkeypatch):
     assert len(server.of_shards()) - before == 20
 
 
+def test_steps_that_overlap_keep_what_was_begun_and_steps_that_were_dropped_hold_no_memory(load, server):
+    index = load()
+    records = index.read_records(range(20))
+    index.prefetch_images(range(10))
+    index.prefetch_images(range(10, 20))  # the next step, begun before the first is finished
+    for i in range(20):
+        index.read_images(i, records[i])
+    assert max(request.number for request in server.of_shards()) == 0
+    assert not index._reader._ahead and index._reader._ahead_bytes == 0
+    index.prefetch_images(range(20, 30))  # never asked for
+    for _ in range(reading._KEPT_PLANS):
+        index.prefetch_images([])
+    assert not index._reader._ahead and index._reader._ahead_bytes == 0
+
+
 # Loaders.
 
 LOADER = """
