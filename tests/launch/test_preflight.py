@@ -24,6 +24,7 @@ def test_a_good_recipe_yields_the_plan_and_writes_nothing(tiny_recipe: Path, tmp
     assert "17 tokens, 2 images" in rows["largest sample"]
     assert rows["steps"].startswith("2 of 4 samples")
     assert "frozen" in rows["vision"] and "train" in rows["qformer"]
+    assert "of host memory a worker" in rows["checkpoint copy"]
     assert not (tmp_path / "run").exists()
 
 
