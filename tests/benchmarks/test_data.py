@@ -93,6 +93,7 @@ def test_an_epoch_that_is_not_the_set_is_refused(corpus: corpora.Corpus) -> None
     assert gate.wrong_keys([*keys, keys[0]], [*counts, counts[0]]) == "of 16 samples 0 missing, 1 repeated, 0 unknown"
     assert gate.wrong_keys([*keys[1:], "x"], counts) == "of 16 samples 1 missing, 0 repeated, 1 unknown"
     assert gate.wrong_keys(keys, [counts[0] + 1, *counts[1:]]) == "1 samples with a wrong number of images"
+    assert gate.judge({"keys": keys[1:], "counts": counts[1:]}, corpus.folder / "not read").why.startswith("of 16")
 
 
 def test_webdataset_skips_as_many_samples_as_were_seen(corpus: corpora.Corpus) -> None:
