@@ -250,7 +250,7 @@ def test_extents_far_apart_are_not_read_over():
 
 
 def test_the_records_of_a_step_are_asked_for_at_once(load, server):
-    index, together = load(), threading.Barrier(reading.NUM_CONNECTIONS, timeout=20)
+    index, together = load(), threading.Barrier(reading.NUM_CONNECTIONS, timeout=60)
 
     def fault(request):
         if request.path.endswith(".tar"):
