@@ -386,7 +386,7 @@ class _WriteLedger(Callback):
     ) -> None:
         self.ledger.record(state.global_step, step.keys, skipped, quarantined=step.quarantined)
 
-    def on_save(self, state: TrainState, path: Path) -> None:
+    def before_save(self, state: TrainState) -> None:
         self.ledger.sync()
 
 

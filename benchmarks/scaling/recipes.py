@@ -12,7 +12,7 @@ import torch
 from benchmarks.scaling.zero3 import Parameter
 from benchmarks.train.lengths import Text, draw
 from benchmarks.train.shapes import ModelShape, Train, trains
-from samtrain.data.packing import SampleSize, deal, pack
+from samtrain.data.packing import SampleSize, deal
 from samtrain.model.flops import FlopCounter
 from samtrain.model.freezing import part_of
 
@@ -96,8 +96,8 @@ class Workload:
             for i, one in enumerate(lengths)
         ]
         works = [self._work(size, one.answer, one.qformer_text) for size, one in zip(sizes, lengths)]
-        packs = pack(sizes, max_tokens=shape.max_tokens, max_images=max_images or shape.max_images)
-        hands = deal(packs, sizes, world_size=world_size)
+        budgets = {"max_tokens": shape.max_tokens, "max_images": max_images or shape.max_images}
+        hands = deal(sizes, **budgets, world_size=world_size)
         return [[_sum([works[i] for i in hand[r] or ()]) for hand in hands] for r in range(len(hands[0]))]
 
     def _work(self, size: SampleSize, num_labels: int, num_text_tokens: int) -> RankWork:

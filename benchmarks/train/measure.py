@@ -6,13 +6,12 @@ out of memory says so and is left out of later rounds.
 """
 
 import gc
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 
-from benchmarks.kernels.measure import EventTimer, Timing, require_gpu
+from benchmarks.kernels.measure import EventTimer, Timing
 from benchmarks.train.loops import Loop
 from benchmarks.train.phases import PARTS, Phases, by_part, watching
 
@@ -94,16 +93,6 @@ def trace(loop: Loop, path: str) -> None:
         loop.step()
         synchronize(loop)
     profiler.export_chrome_trace(path)
-
-
-def wall_seconds(work: Callable[[], object], loop: Loop) -> float:
-    """What the host waits for `work`, the device idle before and after."""
-    require_gpu()
-    synchronize(loop)
-    since = time.perf_counter()
-    work()
-    synchronize(loop)
-    return time.perf_counter() - since
 
 
 def synchronize(loop: Loop) -> None:

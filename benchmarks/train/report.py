@@ -170,8 +170,15 @@ def _extras_text(table: Table) -> str:
                 f"{found['num_workers']} decoding threads, 640 x 480 JPEG)"
             )
         elif name == "checkpoint":
-            steps = f", {found['stall_seconds'] / (ours['step']['median'] / 1e3):.1f} steps" if ours else ""
-            lines.append(f"checkpoint: {found['stall_seconds']:.2f} s{steps}, {found['bytes'] / 1e9:.2f} GB")
+            step = ours["step"]["median"] / 1e3 if ours else None
+            steps = f" ({found['stall_seconds'] / step:.2f} steps)" if step else ""
+            beside = found["steps_beside_seconds"] / found["steps_beside"]
+            slower = f", {beside / step:.2f} times a step without" if step else ""
+            lines.append(
+                f"checkpoint of {found['bytes'] / 1e9:.2f} GB: training stood still for {found['stall_seconds']:.2f} s"
+                f"{steps}; complete after {found['seconds']:.1f} s, {found['steps_beside']} steps meanwhile of "
+                f"{beside:.3f} s{slower}; host memory made before the first step in {found['prepare_seconds']:.1f} s"
+            )
         elif name == "first_step":
             stages = ", ".join(f"{stage} {seconds:.1f}" for stage, seconds in found["stages_seconds"].items())
             lines.append(

@@ -163,6 +163,14 @@ def run_on_gpu(selection: Selection, say: Say, *, memory_bytes: int) -> Table:
             why = f"needs {least / measure.GIB:.1f} GiB before activations"
             row |= {"match": "-", "status": "does not fit", "why": why}
         return table
+    ours = _measure(selection, setting, data, rows)  # the other loops are gone: the extras want the whole device
+    measure.free()
+    table["extras"] = _extras(selection, ours, say) if "status" not in rows["ours"] else {}
+    return table
+
+
+def _measure(selection: Selection, setting: Setting, data: StepData, rows: dict[str, dict[str, Any]]) -> Loop:
+    """Fill in the rows; returns the loop of ours."""
     loops = _loops_that_fit(selection, setting, data, rows)
     verdicts = gate(loops, setting.dtype)
     for name, verdict in verdicts.items():
@@ -179,8 +187,7 @@ def run_on_gpu(selection: Selection, say: Say, *, memory_bytes: int) -> Table:
                 loop.step()
                 rows[name]["breakdown"] = measure.breakdown(loop)
         measure.free()
-    table["extras"] = _extras(selection, loops["ours"], say) if "status" not in rows["ours"] else {}
-    return table
+    return loops["ours"]
 
 
 def _loops_that_fit(
@@ -232,12 +239,11 @@ def _data_wait(selection: Selection, loop: OurLoop, folder: Path) -> dict[str, A
     return found | {"num_workers": selection.num_workers}
 
 
-def _checkpoint(loop: Loop, folder: Path) -> dict[str, Any]:
-    from benchmarks.train.checkpoint_stall import save_once
+def _checkpoint(loop: OurLoop, folder: Path) -> dict[str, Any]:
+    from benchmarks.train.checkpoint_stall import save_while_training
 
-    found: dict[str, Any] = {}
-    seconds = measure.wall_seconds(lambda: found.update(save_once(loop, folder / "run")), loop)
-    return found | {"stall_seconds": seconds}
+    measure.synchronize(loop)
+    return save_while_training(loop, folder / "run")
 
 
 def _first_step(selection: Selection, loop: Loop, folder: Path) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from samtrain.core.batch import IGNORE_INDEX, GlobalStep
 from samtrain.core.sample import EncodedText
 from samtrain.core.seeds import derive_seed
 from samtrain.data.collate import ReadySample, collate
-from samtrain.data.packing import SampleSize, deal, pack
+from samtrain.data.packing import SampleSize, deal
 
 BOS, EOS = 1, 2
 _FIRST_WORD = 3
@@ -88,9 +88,7 @@ def draw_step(
         _sample(shape, lengths, key=f"{text}-{seed}-{i}", words=words)
         for i, lengths in enumerate(draw(text, samples, seed=seed))
     )
-    sizes = sizes_of(ready)
-    packs = pack(sizes, max_tokens=shape.max_tokens, max_images=max_images)
-    (hand,) = deal(packs, sizes, world_size=1)
+    (hand,) = deal(sizes_of(ready), max_tokens=shape.max_tokens, max_images=max_images, world_size=1)
     return StepData(shape, text, ready, tuple(tuple(chosen) for chosen in hand if chosen))
 
 

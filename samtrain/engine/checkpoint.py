@@ -7,17 +7,20 @@
     recipe.yaml                    the resolved recipe
     COMPLETE                       written last
 
-All ranks write into a hidden folder, which gets its name when all of it is on disk; output_dir must be a folder that
-every rank sees. DeepSpeed's universal checkpoint drops frozen parameters in silence; here they are not stored but
-reloaded from their source, and their sums must agree with those that were saved.
+Training stands still while the state is copied to host memory, and goes on while threads write it (`host_copy.py`,
+`background_save.py`). All ranks write into a hidden folder, which gets its name when all of it is on disk; output_dir
+must be a folder that every rank sees. DeepSpeed's universal checkpoint drops frozen parameters in silence; here they
+are not stored but reloaded from their source, and their sums must agree with those that were saved.
 """
 
 import json
 import math
 import os
 import shutil
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,17 +31,37 @@ from samtrain.core.log import logger
 from samtrain.core.seeds import rng_state, set_rng_state
 from samtrain.core.versions import git_commit, versions
 from samtrain.engine import checkpoint_folder
-from samtrain.engine.fragments import check_manifest, fragments_file, read_fragments, write_fragments
-from samtrain.engine.state import TrainState
+from samtrain.engine.background_save import BackgroundSave
+from samtrain.engine.fragments import check_manifest, read_fragments, write_tensors
+from samtrain.engine.host_copy import HostCopy
+from samtrain.engine.state import SavedCheckpoint, TrainState
 from samtrain.engine.zero import Engine
 
 FORMAT = 1
 BYTES_PER_ELEMENT = 12  # fp32 master, exp_avg, exp_avg_sq
+GRACE_SECONDS = 30.0  # for the other ranks' files, where training has failed
 FROZEN_TOLERANCE = 1e-9  # float64 sums in another order differ by 1e-15 of the sum of absolute values
 
 
+@dataclass(frozen=True)
+class _UnderWay:
+    state: TrainState
+    final: Path
+    partial: Path
+    thread: BackgroundSave
+    since: float
+    stall_seconds: float
+
+    @property
+    def failure(self) -> str:
+        return f"{self.final} could not be saved; the checkpoints before it are whole"
+
+
 class Checkpointer:
-    """Saves and loads `engine` below `output_dir`; every method is a collective."""
+    """Saves and loads `engine` below `output_dir`; every method but `settle` is a collective.
+
+    A save is begun, and finished some steps later; one at a time.
+    """
 
     def __init__(
         self,
@@ -55,13 +78,23 @@ class Checkpointer:
         self.save_total_limit = save_total_limit
         self.part_of = part_of
         self._frozen: dict[str, tuple[float, float]] | None = None
+        self._host_copy: HostCopy | None = None
+        self._under_way: _UnderWay | None = None
 
-    def save(self, state: TrainState) -> Path:
-        """Write a checkpoint of `state.global_step`; when it returns, it is on disk and `latest` names it.
+    def prepare(self) -> None:
+        """What the first save would otherwise keep training waiting for: sums of frozen weights, host memory."""
+        self._frozen_checksums()
+        with _all_or_none("no host memory for a checkpoint"):
+            self._buffers()
+
+    def begin(self, state: TrainState) -> None:
+        """Copy the state of `state.global_step` and start to write it; no other save is under way.
 
         Raises:
-            TrainingError: on every rank, where the disk is full or a write fails; older checkpoints are untouched.
+            TrainingError: on every rank, where the disk is full already or output_dir is not shared.
         """
+        assert self._under_way is None, "finish the save before"
+        since = time.perf_counter()
         step, rank = state.global_step, self.engine.rank
         final = checkpoint_folder.checkpoint_path(self.output_dir, step)
         partial = checkpoint_folder.partial_path(self.output_dir, step)
@@ -73,16 +106,65 @@ class Checkpointer:
                 shutil.rmtree(partial, ignore_errors=True)
                 partial.mkdir(parents=True)
         with _all_or_none(failure, clean_up=partial):
-            write_fragments(partial, self.engine.fragments(), rank=rank)
-            atomic_write(partial / f"rng-{rank:05d}.json", json.dumps(rng_state()))
-        with _all_or_none(failure, clean_up=partial):
-            if rank == 0:
-                self._check_all_files(partial)
-                self._write_descriptions(partial, state, frozen)
-                self._publish(partial, final)
-                best = state.best_step
-                checkpoint_folder.remove_old(self.output_dir, keep=self.save_total_limit, newest=step, best=best)
-        return final
+            if not partial.is_dir():
+                raise TrainingError(f"{partial}: rank {rank} does not see it; output_dir must be a folder all share")
+            copy, generators = self._buffers(), json.dumps(rng_state())
+            copy.take(self.engine.fragments())
+            manifest = self._manifest(frozen)
+        state = TrainState.from_dict(state.to_dict())
+
+        def write() -> None:
+            write_tensors(partial, copy.tensors, rank=rank)
+            # Last: who sees it knows that all of this rank's files are on disk.
+            atomic_write(partial / checkpoint_folder.generators_file(rank), generators)
+
+        def is_written_by_all() -> bool:
+            # From the last: it is the one most often still missing, and one look is enough then.
+            ranks = reversed(range(self.engine.world_size))
+            return all((partial / checkpoint_folder.generators_file(one)).is_file() for one in ranks)
+
+        def publish() -> None:
+            self._write_descriptions(partial, state, manifest)
+            self._publish(partial, final)
+            best = state.best_step
+            checkpoint_folder.remove_old(self.output_dir, keep=self.save_total_limit, newest=step, best=best)
+
+        if rank == 0:
+            thread = BackgroundSave(write, is_written_by_all=is_written_by_all, publish=publish)
+        else:
+            thread = BackgroundSave(write)
+        self._under_way = _UnderWay(state, final, partial, thread, since, time.perf_counter() - since)
+
+    @property
+    def has_news(self) -> bool:
+        """This rank knows how the save under way has ended; where one does, all should call `finish`. No collective."""
+        return self._under_way is not None and self._under_way.thread.has_news
+
+    def finish(self) -> SavedCheckpoint | None:
+        """Wait until the save under way is on disk and `latest` names it; None where there is none.
+
+        Raises:
+            TrainingError: on every rank, where the disk is full or a write failed; older checkpoints are untouched.
+        """
+        save, since = self._under_way, time.perf_counter()
+        if save is None:
+            return None
+        self._under_way = None
+        try:
+            with _all_or_none(save.failure, clean_up=save.partial):
+                save.thread.wait_written()
+            with _all_or_none(save.failure, clean_up=save.partial):
+                save.thread.wait_published()
+        finally:
+            save.thread.give_up()
+        now = time.perf_counter()
+        return SavedCheckpoint(save.state, save.final, save.stall_seconds + now - since, now - save.since)
+
+    def settle(self) -> None:
+        """Training ends in an error, perhaps on this rank alone: let the save under way become complete if it can."""
+        save, self._under_way = self._under_way, None
+        if save is not None:
+            save.thread.wait_or_give_up(GRACE_SECONDS)
 
     def load(self, path: Path) -> TrainState:
         """Restore engine and random generators from a complete checkpoint of any number of ranks.
@@ -107,7 +189,7 @@ class Checkpointer:
         with _all_or_none(f"{path} could not be loaded"):
             state = TrainState.from_dict(_read_json(path / "state.json")["train_state"])
             if manifest["world_size"] == self.engine.world_size:
-                set_rng_state(_read_json(path / f"rng-{self.engine.rank:05d}.json"))
+                set_rng_state(_read_json(path / checkpoint_folder.generators_file(self.engine.rank)))
             elif self.engine.rank == 0:
                 logger.info(
                     "%s was saved by %d ranks and is loaded by %d: random generators keep their seeds",
@@ -154,20 +236,13 @@ class Checkpointer:
                 "make room, or lower train.save_total_limit"
             )
 
-    def _check_all_files(self, partial: Path) -> None:
-        missing = [
-            name
-            for rank in range(self.engine.world_size)
-            for name in (fragments_file(rank), f"rng-{rank:05d}.json")
-            if not (partial / name).is_file()
-        ]
-        if missing:
-            raise TrainingError(
-                f"{partial}: rank 0 does not see {', '.join(missing[:3])}; output_dir must be a folder all nodes share"
-            )
+    def _buffers(self) -> HostCopy:
+        if self._host_copy is None:
+            self._host_copy = HostCopy(self.engine.fragments(), pin=self.engine.device.type == "cuda")
+        return self._host_copy
 
-    def _write_descriptions(self, partial: Path, state: TrainState, frozen: dict[str, tuple[float, float]]) -> None:
-        manifest = {
+    def _manifest(self, frozen: dict[str, tuple[float, float]]) -> dict[str, Any]:
+        return {
             "format": FORMAT,
             "world_size": self.engine.world_size,
             "precision": self.engine.options.precision,
@@ -177,6 +252,8 @@ class Checkpointer:
             "trainable": self._trainable(),
             "frozen": frozen,
         }
+
+    def _write_descriptions(self, partial: Path, state: TrainState, manifest: dict[str, Any]) -> None:
         schedule = {
             key: getattr(self.engine.options, key)
             for key in ("learning_rate", "lr_scheduler_type", "warmup_steps", "warmup_ratio", "max_steps")
@@ -216,7 +293,7 @@ def _all_or_none(what: str, *, clean_up: Path | None = None) -> Iterator[None]:
     except Exception as raised:
         error = TrainingError(f"{what}: {raised}")
         logger.debug("rank %d: %s", distributed.rank(), what, exc_info=True)
-    first = next((found for found in distributed.all_gather_object(error) if found is not None), None)
+    first = next((found for found in distributed.all_gather_on_hosts(error) if found is not None), None)
     if first is not None:
         if clean_up is not None and distributed.is_main_process():
             shutil.rmtree(clean_up, ignore_errors=True)

@@ -24,6 +24,11 @@ def partial_path(output_dir: Path, step: int) -> Path:
     return output_dir / f".checkpoint-{step}.partial"
 
 
+def generators_file(rank: int) -> str:
+    """The file of a rank's random generators, the last one it writes."""
+    return f"rng-{rank:05d}.json"
+
+
 def is_complete(path: Path) -> bool:
     return (path / COMPLETE).is_file()
 

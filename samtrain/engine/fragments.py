@@ -8,7 +8,7 @@ read its own elements. Files are safetensors: no pickle, and slices are read wit
 
 import math
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,16 +27,18 @@ def fragments_file(rank: int) -> str:
     return f"fragments-{rank:05d}.safetensors"
 
 
-def write_fragments(folder: Path, fragments: Iterable[Fragment], *, rank: int) -> None:
-    """Write this rank's file and force it to disk."""
-    tensors = {
-        f"{fragment.name}/{kind}": getattr(fragment, kind).to("cpu", copy=True).contiguous()
-        for fragment in fragments
-        for kind in KINDS
-        if fragment.stop > fragment.start
-    }
+def named_tensors(fragments: Iterable[Fragment]) -> Iterator[tuple[str, Tensor]]:
+    """What a file holds of these fragments, under its names there; nothing of those without elements."""
+    for fragment in fragments:
+        if fragment.stop > fragment.start:
+            for kind in KINDS:
+                yield f"{fragment.name}/{kind}", getattr(fragment, kind)
+
+
+def write_tensors(folder: Path, tensors: Mapping[str, Tensor], *, rank: int) -> None:
+    """Write this rank's file from `named_tensors` on the host, and force it to disk."""
     path = folder / fragments_file(rank)
-    save_file(tensors, path)
+    save_file(dict(tensors), path)  # without Python's lock: other threads go on
     with open(path, "rb+") as stream:
         os.fsync(stream.fileno())
 

@@ -33,7 +33,7 @@ class Meter:
         self._since = time.perf_counter()
         self._loss_sum = torch.zeros((), dtype=torch.float64, device=self.device)
         self._label_tokens = self._tokens = self._images = self._samples = self._skipped = self._steps = 0
-        self._data_wait_seconds = self._paused_seconds = 0.0
+        self._data_wait_seconds = self._paused_seconds = self._checkpoint_stall_seconds = 0.0
 
     def add_wait(self, seconds: float) -> None:
         """The loader kept this rank waiting."""
@@ -42,6 +42,10 @@ class Meter:
     def add_pause(self, seconds: float) -> None:
         """Time that is not training: saving, evaluating."""
         self._paused_seconds += seconds
+
+    def add_checkpoint_stall(self, seconds: float) -> None:
+        """The part of the pauses that was for a checkpoint."""
+        self._checkpoint_stall_seconds += seconds
 
     def add_step(self, loss_sum: Tensor, counts: StepCounts) -> None:
         """loss_sum: 0-d, this rank's, stays on the device. counts: over all ranks."""
@@ -57,9 +61,10 @@ class Meter:
         """Metrics of the window, equal on all ranks (a collective, and the only wait for the device).
 
         train/loss is the mean over the window's label tokens of all ranks. perf/data_wait_frac is the mean over
-        ranks, memory/max_reserved_gib the largest.
+        ranks, memory/max_reserved_gib the largest; so is perf/checkpoint_stall_seconds, which is there only where
+        training stood still for a checkpoint since the window before.
         """
-        host = [self._data_wait_seconds, memory_gib(self.device)]
+        host = [self._data_wait_seconds, memory_gib(self.device), self._checkpoint_stall_seconds]
         local = torch.cat([self._loss_sum[None], self._loss_sum.new_tensor(host)])
         ranks = local.new_empty(self.world_size * len(local))
         if is_distributed():
@@ -67,8 +72,9 @@ class Meter:
         else:
             ranks.copy_(local)
         ranks = ranks.view(self.world_size, len(local))
-        loss_sum, wait, _ = ranks.sum(0).tolist()
-        largest_memory = float(ranks[:, 2].max())
+        rows = ranks.tolist()
+        loss_sum, wait = (sum(row[i] for row in rows) for i in (0, 1))
+        largest_memory, stall = (max(row[i] for row in rows) for i in (2, 3))
         seconds = max(time.perf_counter() - self._since - self._paused_seconds, 1e-9)
         per_gpu = 1.0 / (seconds * self.world_size)
         metrics = {
@@ -81,5 +87,7 @@ class Meter:
             "memory/max_reserved_gib": largest_memory,
             "data/skipped": float(self._skipped),
         }
+        if stall > 0:
+            metrics["perf/checkpoint_stall_seconds"] = stall
         self._begin()
         return metrics

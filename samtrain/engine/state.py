@@ -1,6 +1,7 @@
 """What a run remembers of itself besides weights: one small JSON object."""
 
 from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
 from typing import Any
 
 from samtrain.core.errors import CheckpointError
@@ -38,3 +39,16 @@ class TrainState:
         if unknown:
             raise CheckpointError(f"the saved state has unknown keys {sorted(unknown)}; use the version that wrote it")
         return TrainState(**values)
+
+
+@dataclass(frozen=True)
+class SavedCheckpoint:
+    """A complete checkpoint. state: of its step, which may lie behind the run's by now.
+
+    stall_seconds: training stood still for it, on this rank. seconds: from its beginning until the ranks knew of it.
+    """
+
+    state: TrainState
+    path: Path
+    stall_seconds: float
+    seconds: float

@@ -35,6 +35,7 @@ class StepCounts:
     samples: int
     skipped: int
     stop_requests: int
+    saves_ended: int  # ranks that know how the save under way has ended
 
 
 class ReducedCounts:
@@ -67,7 +68,7 @@ class StepResult:
     counts: StepCounts
 
 
-def count(step: GlobalStep, *, stop_requested: bool) -> StepCounts:
+def count(step: GlobalStep, *, stop_requested: bool, save_has_news: bool) -> StepCounts:
     """This rank's share of the counts."""
     batches = step.micro_batches
     return StepCounts(
@@ -77,11 +78,18 @@ def count(step: GlobalStep, *, stop_requested: bool) -> StepCounts:
         samples=sum(len(batch.keys) for batch in batches),
         skipped=len(step.skipped),
         stop_requests=int(stop_requested),
+        saves_ended=int(save_has_news),
     )
 
 
 def run_step(
-    engine: Engine, step: GlobalStep, *, step_number: int, stop_requested: bool, watchdog: Watchdog
+    engine: Engine,
+    step: GlobalStep,
+    *,
+    step_number: int,
+    watchdog: Watchdog,
+    stop_requested: bool = False,
+    save_has_news: bool = False,
 ) -> StepResult:
     """Forward, backward and update on `step`; fillers run too, so that all ranks make the same calls.
 
@@ -90,7 +98,8 @@ def run_step(
     Raises:
         TrainingError: the gradient norm is not finite, on every rank alike; the update was not applied.
     """
-    counts = ReducedCounts(count(step, stop_requested=stop_requested), device=engine.device)
+    mine = count(step, stop_requested=stop_requested, save_has_news=save_has_news)
+    counts = ReducedCounts(mine, device=engine.device)
     scale = engine.world_size / counts.label_tokens.clamp(min=1)
     losses = []
     for i, batch in enumerate(step.micro_batches):

@@ -78,18 +78,21 @@ class Trainer:
         """
         status = "failed"
         try:
-            with self.watchdog, self._listening_for_signals():
+            with self.watchdog, self._listening_for_signals(), self._settling_saves():
                 self._start()
                 while self.state.global_step < self.total_steps:
                     step = self._fetch()
                     counts, metrics = self._update(step)
                     self._report(step, counts, metrics)
+                    if counts.saves_ended:
+                        self._finish_save()
                     if self._is_due(self.options.eval_steps):
                         self._evaluate()
                     if self._is_due(self.options.save_steps):
                         self._save()
                     if counts.stop_requests:
                         self._save()
+                        self._finish_save()
                         status = "terminated"
                         raise Terminated(
                             f"asked to stop: saved after step {self.state.global_step} of {self.total_steps}; "
@@ -97,6 +100,7 @@ class Trainer:
                         )
                 self._evaluate()
                 self._save()
+                self._finish_save()
                 status = "finished"
         finally:
             for callback in self.callbacks:
@@ -118,6 +122,7 @@ class Trainer:
         for callback in self.callbacks:
             callback.on_train_start(self.state, plan)
         self.engine.module.train()
+        self.checkpointer.prepare()
         if self.warmup_batch is not None:
             warm_up(self.engine, self.warmup_batch, watchdog=self.watchdog)
             self.warmup_batch = None
@@ -141,7 +146,12 @@ class Trainer:
         factor = learning_rate_factor(self.state.global_step, self.options, self.total_steps)
         self.engine.set_learning_rate(factor)
         result = run_step(
-            self.engine, step, step_number=number, stop_requested=stop_requested(), watchdog=self.watchdog
+            self.engine,
+            step,
+            step_number=number,
+            watchdog=self.watchdog,
+            stop_requested=stop_requested(),
+            save_has_news=self.checkpointer.has_news,
         )
         self.meter.add_step(result.loss_sum, result.counts)
         self._advance(step, result.counts)
@@ -196,15 +206,24 @@ class Trainer:
                 callback.on_evaluate(self.state, metrics)
 
     def _save(self) -> None:
+        """Begin to save, unless this step is; the save before is finished first."""
         if self._saved_step == self.state.global_step:
             return
-        with self._pause():
+        self._finish_save()
+        with self._pause_for_save():
             self._note_best()
-            self.watchdog.enter("save", step=self.state.global_step)
-            path = self.checkpointer.save(self.state)
-            self._saved_step = self.state.global_step
             for callback in self.callbacks:
-                callback.on_save(self.state, path)
+                callback.before_save(self.state)
+            self.checkpointer.begin(self.state)
+            self._saved_step = self.state.global_step
+
+    def _finish_save(self) -> None:
+        """Wait until the save under way, if there is one, is complete."""
+        with self._pause_for_save():
+            saved = self.checkpointer.finish()
+        if saved is not None:
+            for callback in self.callbacks:
+                callback.on_save(saved)
 
     def _note_best(self) -> None:
         """The checkpoint about to be saved is the best if it was evaluated and no other has a lower eval/loss."""
@@ -222,6 +241,25 @@ class Trainer:
         since = time.perf_counter()
         yield
         self.meter.add_pause(time.perf_counter() - since)
+
+    @contextmanager
+    def _pause_for_save(self) -> Iterator[None]:
+        since = time.perf_counter()
+        with self._pause():
+            self.watchdog.enter("save", step=self.state.global_step)
+            yield
+            self.watchdog.rest()
+        self.meter.add_checkpoint_stall(time.perf_counter() - since)
+
+    @contextmanager
+    def _settling_saves(self) -> Iterator[None]:
+        """An error of training does not cost the checkpoint that was begun before it."""
+        try:
+            yield
+        except Exception:
+            self.watchdog.enter("save", step=self.state.global_step)
+            self.checkpointer.settle()
+            raise
 
     @contextmanager
     def _listening_for_signals(self) -> Iterator[None]:

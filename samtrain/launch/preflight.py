@@ -56,6 +56,7 @@ def preflight(recipe: Recipe, *, where: str, emit: Emit, is_here: bool = True) -
         *_parameter_rows(parameters),
         ["kernels", kernels],
         disk,
+        _host_memory_row(recipe, parameters),
     ]
     emit({"kind": "plan", "title": "plan", "rows": rows})
     return Plan(output, rows)
@@ -134,6 +135,13 @@ def _disk_row(recipe: Recipe, output: OutputDir, parameters: dict[str, tuple[int
             f"{existing} has {_gib(free)} free; lower train.save_total_limit, or choose another output_dir"
         )
     return ["disk", f"about {_gib(needed)} needed, {_gib(free)} free"]
+
+
+def _host_memory_row(recipe: Recipe, parameters: dict[str, tuple[int, int]]) -> list[str]:
+    """What saving while training goes on costs; beside the same again where `train.zero.offload` is not none."""
+    trainable = sum(count for count, _ in parameters.values())
+    size = trainable * _CHECKPOINT_BYTES_PER_PARAMETER / recipe.launch.num_workers
+    return ["checkpoint copy", f"{_gib(size)} of host memory a worker, from which saves are written in the background"]
 
 
 def _gib(size: float) -> str:

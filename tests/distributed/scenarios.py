@@ -10,6 +10,7 @@ import os
 import resource
 import signal
 import sys
+import threading
 import time
 import traceback
 from pathlib import Path
@@ -21,6 +22,7 @@ from torch.utils.checkpoint import checkpoint
 from samtrain.core.batch import IGNORE_INDEX, GlobalStep, ImageGroups, PackedBatch
 from samtrain.core.errors import SamtrainError
 from samtrain.core.seeds import derive_seed, seed_everything
+from samtrain.engine import checkpoint as checkpoint_module
 from samtrain.engine.callbacks import Callback
 from samtrain.engine.checkpoint import Checkpointer
 from samtrain.engine.checkpoint_folder import complete_checkpoints, find_resume
@@ -139,11 +141,37 @@ def part_of(name: str) -> str:
     return {"tower": "vision", "head": "projection"}.get(name.split(".")[0], "language_model")
 
 
+class HeldWrites:
+    """Keeps this rank from writing its file of checkpoint `step` to the end, until training has made step `until`."""
+
+    def __init__(self, *, rank: int, step: int, until: int) -> None:
+        self.name, self.until = f".checkpoint-{step}.partial", until
+        self.has_begun, self.may_go_on = threading.Event(), threading.Event()
+        if rank == CONFIG["rank"]:
+            self.write, checkpoint_module.write_tensors = checkpoint_module.write_tensors, self
+
+    def __call__(self, folder, tensors, *, rank):
+        if folder.name == self.name:
+            (folder / f"fragments-{rank:05d}.safetensors").write_bytes(b"half of it")
+            self.has_begun.set()
+            self.may_go_on.wait()
+        self.write(folder, tensors, rank=rank)
+
+
 class Recorder(Callback):
     """Writes what happens to a file at once; sends signals to its own process."""
 
-    def __init__(self, path: Path, *, signals: dict[int, tuple[int, int]], limit_file_size_after: int | None) -> None:
+    def __init__(
+        self,
+        path: Path,
+        *,
+        signals: dict[int, tuple[int, int]],
+        limit_file_size_after: int | None,
+        held: HeldWrites | None,
+        signals_wait_for: list[str] | None,
+    ) -> None:
         self.path, self.signals, self.limit_file_size_after = path, signals, limit_file_size_after
+        self.held, self.signals_wait_for = held, signals_wait_for
 
     def write(self, **values: object) -> None:
         with open(self.path, "a") as stream:
@@ -154,14 +182,26 @@ class Recorder(Callback):
 
     def on_step_end(self, state, step, metrics, skipped) -> None:
         self.write(event="step", step=state.global_step, keys=step.keys, metrics=metrics, skipped=skipped)
+        if self.held is not None and state.global_step == self.held.until:
+            self.held.may_go_on.set()
         rank, number = self.signals.get(state.global_step, (None, None))
+        if rank is not None and self.signals_wait_for is not None:
+            while not self.may_signal():
+                time.sleep(0.01)
+            time.sleep(0.5)  # what must not happen now had the time to
         if rank == CONFIG["rank"] or rank == -1:
             os.kill(os.getpid(), number)
         if state.global_step == self.limit_file_size_after:
             resource.setrlimit(resource.RLIMIT_FSIZE, (3000, resource.RLIM_INFINITY))
 
-    def on_save(self, state, path) -> None:
-        self.write(event="save", step=state.global_step, best_step=state.best_step)
+    def may_signal(self) -> bool:
+        """The file that signals wait for is there, with what it begins with."""
+        name, begins_with = self.signals_wait_for or ("", "")
+        path = self.path.parent / name
+        return path.is_file() and path.read_text().startswith(begins_with)
+
+    def on_save(self, saved) -> None:
+        self.write(event="save", step=saved.state.global_step, best_step=saved.state.best_step)
 
     def on_evaluate(self, state, metrics) -> None:
         self.write(event="evaluate", metrics=metrics)
@@ -197,7 +237,7 @@ def build_engine(
 def train(
     *, output_dir, total_steps=4, frozen=(), tower_width=WIDTH, construct=True, seed=7, is_checkpointed=False,
     resume=None, warm_up=False, evaluate_every=None, signals=None, limit_file_size_after=None, nan_at=None, hang=(),
-    count_gathers=False, hang_in_evaluation=False, **changes
+    count_gathers=False, hang_in_evaluation=False, held_writes=None, signals_wait_for=None, **changes
 ):  # fmt: skip
     """The whole loop; returns the losses and the weights of rank 0."""
     from samtrain.engine import zero
@@ -221,6 +261,8 @@ def train(
         output_dir / f"record-{rank}.jsonl",
         signals={int(step): tuple(what) for step, what in (signals or {}).items()},
         limit_file_size_after=limit_file_size_after,
+        held=HeldWrites(**held_writes) if held_writes else None,
+        signals_wait_for=signals_wait_for,
     )
     output_dir.mkdir(parents=True, exist_ok=True)
     validation = [global_step(1000, rank=rank, world_size=world_size)]
@@ -357,7 +399,7 @@ def multimodal(*, output_dir, trained, zero_options, kernels, total_steps=2):
     gathers = count_gathered_elements()
     for step in range(1, total_steps + 1):
         share = global_step(step, rank=rank, world_size=world_size, size=8)
-        result = run_step(engine, share, step_number=step, stop_requested=False, watchdog=watchdog)
+        result = run_step(engine, share, step_number=step, watchdog=watchdog)
         torch.distributed.all_reduce(result.loss_sum)
         found.append(float(result.loss_sum) / result.counts.label_tokens)
     difference = 0.0

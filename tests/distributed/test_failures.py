@@ -21,7 +21,7 @@ def test_nan_names_step_rank_and_keys_of_the_micro_batch(after_nan):
         assert "the update was not applied" in result["message"]
 
 
-def test_nan_leaves_the_checkpoint_before_it_alone(launch, after_nan):
+def test_nan_leaves_the_checkpoint_that_was_begun_before_it(launch, after_nan):
     folder, _ = after_nan
     assert (folder / "latest").read_text() == "checkpoint-2\n"
     resumed = launch("train", world_size=2, output_dir=str(folder), resume="auto").check()

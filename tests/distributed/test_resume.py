@@ -36,7 +36,7 @@ def uninterrupted(launch, tmp_path_factory):
 def test_killed_run_resumes_with_exactly_the_losses_of_an_uninterrupted_one(launch, tmp_path, uninterrupted, precision):
     kill = {5: (-1 if precision == "fp32" else 1, signal.SIGKILL)}  # all ranks, or one of them
     run = {"world_size": 2, "output_dir": str(tmp_path), "precision": precision, **SETTINGS}
-    killed = launch("train", signals=kill, **run)
+    killed = launch("train", signals=kill, signals_wait_for=("latest", "checkpoint-4"), **run)
     assert killed.exit_codes[1] == -signal.SIGKILL and 0 not in killed.exit_codes
     resumed = launch("train", seed=123, **run)
     if precision == "fp32":  # the frozen tower was made from another seed: it is not the one that was trained with
@@ -50,6 +50,34 @@ def test_killed_run_resumes_with_exactly_the_losses_of_an_uninterrupted_one(laun
     assert resumed.results[0]["weights"] == expected["weights"]
     assert resumed.results[0]["state"] == expected["state"]
     assert resumed.results[0]["state"]["tracker_run_id"] == "run-1"
+
+
+def test_training_goes_on_while_a_checkpoint_is_written_and_its_state_is_that_of_its_step(
+    launch, tmp_path, uninterrupted
+):
+    """Rank 1 ends its file only when two more updates were made; then both are killed. Waiting for it would hang."""
+    run = {"world_size": 2, "output_dir": str(tmp_path), **SETTINGS}
+    held = {"rank": 1, "step": 2, "until": 4}
+    kill = {"signals": {4: (-1, signal.SIGKILL)}, "signals_wait_for": ("latest", "checkpoint-2")}
+    assert launch("train", held_writes=held, **kill, **run).exit_codes == [-signal.SIGKILL] * 2
+    assert not list(tmp_path.glob("*checkpoint-4*"))
+    resumed = launch("train", **run).check()
+    folder, expected = uninterrupted["fp32"]
+    assert resumed.results[0]["first"] == 3
+    assert steps(tmp_path) == steps(folder)
+    assert resumed.results[0]["weights"] == expected["weights"]
+
+
+@pytest.mark.parametrize("slow_rank", [0, 1])
+def test_killed_while_a_checkpoint_is_written_the_one_before_is_the_last(launch, tmp_path, slow_rank):
+    run = {"world_size": 2, "output_dir": str(tmp_path), **SETTINGS}
+    held = {"rank": slow_rank, "step": 4, "until": 99}
+    other = (f".checkpoint-4.partial/rng-{1 - slow_rank:05d}.json", "")  # the other rank has written all of its own
+    killed = launch("train", held_writes=held, signals={5: (-1, signal.SIGKILL)}, signals_wait_for=other, **run)
+    assert killed.exit_codes == [-signal.SIGKILL] * 2
+    assert (tmp_path / "latest").read_text() == "checkpoint-2\n" and not (tmp_path / "checkpoint-4").exists()
+    assert launch("train", **run).check().results[0]["first"] == 3
+    assert sorted(path.name for path in tmp_path.glob("*checkpoint-*")) == ["checkpoint-4", "checkpoint-6"]
 
 
 def test_bf16_trains_close_to_fp32(uninterrupted):
@@ -96,6 +124,7 @@ def test_keeps_the_last_checkpoints_and_the_best(launch, tmp_path):
     evaluated = [line["metrics"]["eval/loss"] for line in lines if line["event"] == "evaluate"]
     best = evaluated.index(min(evaluated)) + 1
     assert [line["best_step"] for line in lines if line["event"] == "save"][-1] == best
+    assert [line["step"] for line in lines if line["event"] == "save"] == list(range(1, 9))
     kept = {path.name for path in tmp_path.glob("checkpoint-*")}
     assert kept == {"checkpoint-7", "checkpoint-8", f"checkpoint-{best}"}
     assert not list(tmp_path.glob(".checkpoint*"))
@@ -109,6 +138,27 @@ def test_full_disk_ends_all_ranks_clearly_and_leaves_the_checkpoint_before(launc
         assert result["error"] == "TrainingError" and "checkpoint-4 could not be saved" in result["message"]
     assert [path.name for path in tmp_path.glob("*checkpoint-*")] == ["checkpoint-2"]
     assert launch("train", **run).check().results[0]["first"] == 3
+
+
+def test_full_disk_while_training_goes_on_ends_it_before_another_save(launch, tmp_path):
+    run = {"world_size": 2, "output_dir": str(tmp_path), "total_steps": 50, "save_steps": 2, "resume": "auto"}
+    outcome = launch("train", limit_file_size_after=3, **run)
+    assert outcome.exit_codes == [1, 1]
+    for result in outcome.results:
+        assert result["error"] == "TrainingError" and "checkpoint-4 could not be saved" in result["message"]
+    assert 4 <= max(steps(tmp_path)) <= 6
+    assert [path.name for path in tmp_path.glob("*checkpoint-*")] == ["checkpoint-2"]
+
+
+def test_stall_of_a_save_is_a_metric_of_the_next_log_line(launch, tmp_path):
+    launch("train", world_size=2, output_dir=str(tmp_path), total_steps=5, save_steps=3).check()
+    lines = list(map(json.loads, (tmp_path / "record-0.jsonl").read_text().splitlines()))
+    stalls = {
+        line["step"]: line["metrics"]["perf/checkpoint_stall_seconds"]
+        for line in lines
+        if line["event"] == "step" and "perf/checkpoint_stall_seconds" in line["metrics"]
+    }
+    assert set(stalls) in ({4}, {4, 5}) and stalls[4] > 0  # begun after step 3, ended after step 3 or later
 
 
 def test_loading_refuses_gaps_and_other_frozen_weights_and_names_them(launch, tmp_path):

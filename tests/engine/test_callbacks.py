@@ -2,7 +2,7 @@ from pathlib import Path
 
 from samtrain.core.batch import IN_QUARANTINE, GlobalStep
 from samtrain.engine.callbacks import Metrics, Progress
-from samtrain.engine.state import TrainState
+from samtrain.engine.state import SavedCheckpoint, TrainState
 
 STEP = GlobalStep(micro_batches=(), cursor={})
 
@@ -16,13 +16,13 @@ def test_progress_emits_metrics_time_left_skips_and_saves():
     progress.on_step_end(state, STEP, {}, {})  # between log lines
     state.global_step = 4
     progress.on_step_end(state, STEP, {"train/loss": 1.5}, {"page-3": "no such file"})
-    progress.on_save(state, Path("out/checkpoint-4"))
+    progress.on_save(SavedCheckpoint(state, Path("out/checkpoint-4"), stall_seconds=0.123, seconds=4.56))
     kinds = [event["kind"] for event in events]
     assert kinds == ["message", "message", "step", "message"]
     assert events[1]["level"] == "warning" and "page-3: no such file" in events[1]["text"]
     assert events[2]["step"] == 4 and events[2]["max_steps"] == 10 and events[2]["metrics"] == {"train/loss": 1.5}
     assert events[2]["eta_seconds"] >= 0
-    assert "checkpoint-4" in events[3]["text"]
+    assert "checkpoint-4 (training stood still for 0.12 s, complete after 4.6 s)" in events[3]["text"]
 
 
 def test_metrics_hands_on_log_lines_and_evaluations_with_their_step():

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from samtrain.core.errors import CheckpointError
-from samtrain.engine.fragments import KINDS, read_fragments, write_fragments
+from samtrain.engine.fragments import KINDS, named_tensors, read_fragments, write_tensors
 from samtrain.engine.zero import Fragment, owned_range
 
 SHAPES = {"one": (1,), "odd": (7, 3), "even": (4, 6), "single.row": (5,)}
@@ -35,7 +35,7 @@ def test_ranks_own_every_element_once(numel, world_size):
 def test_any_number_of_ranks_reads_what_any_number_wrote(tmp_path, writers, readers):
     written = some(1)
     for rank in range(writers):
-        write_fragments(tmp_path, fragments(written, rank=rank, world_size=writers), rank=rank)
+        write_tensors(tmp_path, dict(named_tensors(fragments(written, rank=rank, world_size=writers))), rank=rank)
     for rank in range(readers):
         mine = fragments(some(2), rank=rank, world_size=readers)
         read_fragments(tmp_path, mine, saved_world_size=writers)
@@ -45,6 +45,6 @@ def test_any_number_of_ranks_reads_what_any_number_wrote(tmp_path, writers, read
 
 
 def test_missing_file_is_named(tmp_path):
-    write_fragments(tmp_path, fragments(some(1), rank=0, world_size=2), rank=0)
+    write_tensors(tmp_path, dict(named_tensors(fragments(some(1), rank=0, world_size=2))), rank=0)
     with pytest.raises(CheckpointError, match=r"fragments-00001\.safetensors"):
         read_fragments(tmp_path, fragments(some(2), rank=0, world_size=1), saved_world_size=2)

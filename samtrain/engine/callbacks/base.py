@@ -4,11 +4,10 @@ Callbacks run on every rank that has them and make no collective calls. `state` 
 except for `tracker_run_id`, which a tracking callback sets at the start of training.
 """
 
-from pathlib import Path
 from typing import Any
 
 from samtrain.core.batch import GlobalStep
-from samtrain.engine.state import TrainState
+from samtrain.engine.state import SavedCheckpoint, TrainState
 
 
 class Callback:
@@ -25,8 +24,11 @@ class Callback:
     def on_evaluate(self, state: TrainState, metrics: dict[str, float]) -> None:
         """After an evaluation."""
 
-    def on_save(self, state: TrainState, path: Path) -> None:
-        """A checkpoint is complete."""
+    def before_save(self, state: TrainState) -> None:
+        """A checkpoint of `state` is about to be begun: what it relies on must be on disk."""
+
+    def on_save(self, saved: SavedCheckpoint) -> None:
+        """A checkpoint is complete; training may have gone on since it was begun."""
 
     def on_train_end(self, state: TrainState, status: str) -> None:
         """status: finished, terminated (asked to stop, saved) or failed."""

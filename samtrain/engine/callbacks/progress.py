@@ -1,13 +1,12 @@
 """Tells whoever watches the run where it stands, as the events of `core.events`."""
 
 import time
-from pathlib import Path
 from typing import Any
 
 from samtrain.core.batch import IN_QUARANTINE, GlobalStep
 from samtrain.core.events import Emit, message
 from samtrain.engine.callbacks.base import Callback
-from samtrain.engine.state import TrainState
+from samtrain.engine.state import SavedCheckpoint, TrainState
 
 
 class Progress(Callback):
@@ -50,5 +49,6 @@ class Progress(Callback):
         shown = ", ".join(f"{name} {value:.4f}" for name, value in sorted(metrics.items()))
         self.emit(message(f"step {state.global_step}: {shown}"))
 
-    def on_save(self, state: TrainState, path: Path) -> None:
-        self.emit(message(f"saved {path}"))
+    def on_save(self, saved: SavedCheckpoint) -> None:
+        times = f"training stood still for {saved.stall_seconds:.2f} s, complete after {saved.seconds:.1f} s"
+        self.emit(message(f"saved {saved.path} ({times})"))

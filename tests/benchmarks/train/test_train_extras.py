@@ -6,10 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from benchmarks.golden_loss import GoldenStep, first_difference, golden_shape, small, trajectory
 from benchmarks.train import first_step
-from benchmarks.train.checkpoint_stall import save_once
+from benchmarks.train.checkpoint_stall import save_while_training
 from benchmarks.train.counts import LiveBytes, count_step
 from benchmarks.train.data_wait import data_wait, write_set
 from benchmarks.train.loops import ROWS, OurLoop, Setting
@@ -35,12 +36,19 @@ def test_steps_come_from_real_shards_through_the_loader(ours: OurLoop, tmp_path:
     assert (found["samples"], found["skipped"]) == (4, 0)
 
 
-def test_the_trainers_checkpointer_saves_the_plain_engine(ours: OurLoop, tmp_path: Path) -> None:
+def test_the_trainers_checkpointer_saves_the_plain_engine_while_it_trains_on(ours: OurLoop, tmp_path: Path) -> None:
     with active(ours):
         ours.step()
-        found = save_once(ours, tmp_path)
-    trainable = sum(p.numel() for p in ours.module.parameters() if p.requires_grad)
-    assert found["bytes"] > 12 * trainable
+        before = {n: p.detach().clone() for n, p in ours.module.named_parameters() if p.requires_grad}
+        found = save_while_training(ours, tmp_path)
+        after = dict(ours.module.named_parameters())
+    saved = load_file(tmp_path / "checkpoint-1" / "fragments-00000.safetensors")
+    # What is on disk is the state at the beginning, not what the steps beside it made of it.
+    for name, value in before.items():
+        assert torch.equal(saved[f"{name}/master"], value.flatten())
+    assert found["steps_beside"] >= 1 and any(not torch.equal(after[n], v) for n, v in before.items())
+    assert found["bytes"] > 12 * sum(value.numel() for value in before.values())
+    assert 0 <= found["stall_seconds"] <= found["seconds"]
 
 
 def test_a_first_step_is_made_from_weights_in_files(ours: OurLoop, tmp_path: Path) -> None:
