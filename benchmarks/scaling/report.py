@@ -19,27 +19,36 @@ PUBLISHED = (
 )
 
 
-def write(path: Path, header: Mapping[str, Any], assumptions: Assumptions, rows: Sequence[Row], *, text: str) -> None:
+def write(
+    path: Path, header: Mapping[str, Any], assumptions: Mapping[str, Assumptions], rows: Sequence[Row], *, text: str
+) -> None:
+    """assumptions: of each recipe, by its name."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    content = {"header": dict(header), "assumptions": assumptions.to_dict(), "text": text, "rows": list(rows)}
+    given = {name: own.to_dict() for name, own in assumptions.items()}
+    content = {"header": dict(header), "assumptions": given, "text": text, "rows": list(rows)}
     path.write_text(json.dumps(content, indent=1) + "\n")
     path.with_suffix(".txt").write_text(whole_text(header, assumptions, rows, text=text) + "\n")
 
 
-def whole_text(header: Mapping[str, Any], assumptions: Assumptions, rows: Sequence[Row], *, text: str) -> str:
+def whole_text(
+    header: Mapping[str, Any], assumptions: Mapping[str, Assumptions], rows: Sequence[Row], *, text: str
+) -> str:
     parts = ["\n".join(head(header, assumptions, text=text))]
     for key in dict.fromkeys((row["recipe"], row["scaling"], row["strategy"]) for row in rows):
         parts.append(table_text([r for r in rows if (r["recipe"], r["scaling"], r["strategy"]) == key]))
     return "\n\n".join([*parts, verdicts_text(rows), published_text(rows)])
 
 
-def head(header: Mapping[str, Any], assumptions: Assumptions, *, text: str) -> list[str]:
-    seconds = assumptions.seconds
-    mfu = ", ".join(f"{part} {100 * value:.0f} %" for part, value in seconds.mfu.items())
+def head(header: Mapping[str, Any], assumptions: Mapping[str, Assumptions], *, text: str) -> list[str]:
+    by_source: dict[str, list[str]] = {}
+    for name, own in assumptions.items():
+        by_source.setdefault(own.seconds.describe(), []).append(name)
+    network = next(iter(assumptions.values())).network
     return [
         "COMPUTED, NOT MEASURED: ZeRO-3 by arithmetic and event simulation; no such cluster has run this.",
-        f"time of a part: its real work at {mfu} of {seconds.peak / 1e12:.0f} TFLOP/s ({seconds.source})",
-        f"network: {assumptions.network.describe()}",
+        "Time of a part on one GPU: its real work at a share of the peak.",
+        *(f"  {', '.join(names)}: {source}" for source, names in by_source.items()),
+        f"network: {network.describe()}",
         f"samples: {text}; weak: 16 a GPU, strong: 128 in all; every step packed and dealt by the loader's own code",
         "MFU: real work of the step. exposed: share of the step that waits for communication. imbalance: share that",
         "the slowest rank of each round costs beyond the mean. gathered, reduced: of one GPU in a step, padded.",

@@ -5,7 +5,8 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from benchmarks.scaling.network import Network
-from benchmarks.scaling.recipes import PARTS, PartSeconds, RankWork, Recipe, Workload, parameters_of, slowest
+from benchmarks.scaling.parts import PARTS, PartSeconds
+from benchmarks.scaling.recipes import RankWork, Recipe, Workload, parameters_of, slowest, total_seconds
 from benchmarks.scaling.simulate import Bucket, Timeline, simulate
 from benchmarks.scaling.zero3 import Parameter, is_gathered, kept_over_the_turn, memory, volumes
 
@@ -68,6 +69,7 @@ class Assumptions:
             "network": vars(self.network),
             "mfu_of_parts": self.seconds.mfu,
             "mfu_source": self.seconds.source,
+            "is_measured": self.seconds.is_measured,
             "peak_flops": self.seconds.peak,
             "gpu_bytes": self.gpu_bytes,
             "samples_per_gpu": SAMPLES_PER_GPU,
@@ -121,7 +123,7 @@ def step_row(
     update = UPDATE_BYTES * trainable / world_size / HBM
     total = sum(t.total for t in timelines) + update
     work = [work for works in rounds for work in works]
-    mean = sum(seconds.total(w) for w in work) / world_size
+    mean = sum(total_seconds(w, seconds) for w in work) / world_size
     recomputed = _recomputed(recipe, work, seconds) / world_size
     moved = volumes(
         parameters, world_size=world_size, persistence_threshold=PERSISTENCE_THRESHOLD, reuse_distance=REUSE_DISTANCE

@@ -42,6 +42,9 @@ def main(
     checkpointing: Annotated[bool | None, typer.Option(help="default: with --train full only")] = None,
     rounds: Annotated[int, typer.Option(min=1)] = ROUNDS,
     steps: Annotated[int, typer.Option(help="timed in a row's turn", min=1)] = STEPS,
+    seconds: Annotated[
+        float | None, typer.Option(help="for all rounds of a table: fewer rounds where it is short")
+    ] = None,
     extra: Annotated[str, typer.Option(help=f"comma-separated: {', '.join(EXTRAS)}")] = "",
     num_workers: Annotated[int, typer.Option(help="threads that decode, for --extra data", min=1)] = 8,
     trace: Annotated[Path | None, typer.Option(help="write a Chrome trace of one step of ours")] = None,
@@ -73,6 +76,7 @@ def main(
                 checkpointing=train_name == "full" if checkpointing is None else checkpointing,
                 rounds=rounds,
                 steps=steps,
+                seconds=seconds,
                 extras=tuple(_known("--extra", _list(extra), EXTRAS)),
                 num_workers=num_workers,
                 trace=trace,

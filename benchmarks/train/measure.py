@@ -6,7 +6,8 @@ out of memory says so and is left out of later rounds.
 """
 
 import gc
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -25,13 +26,27 @@ def out_of_memory(error: BaseException) -> bool:
 
 
 def measure_rows(
-    loops: Mapping[str, Loop], *, rounds: int = ROUNDS, steps: int = STEPS, timer: Any = None
+    loops: Mapping[str, Loop],
+    *,
+    rounds: int = ROUNDS,
+    steps: int = STEPS,
+    seconds: float | None = None,
+    timer: Any = None,
+    clock: Callable[[], float] = time.monotonic,
 ) -> dict[str, dict[str, Any]]:
-    """Name -> {"step": Timing of one step, "peak_bytes"} or {"status": "out of memory", "why"}."""
+    """Name -> {"step": Timing of one step, "peak_bytes"} or {"status": "out of memory", "why"}.
+
+    Args:
+        seconds: no round begins that would end later, as long as the longest so far took; the first always runs.
+    """
     timer = timer or EventTimer()
+    began, longest = clock(), 0.0
     found: dict[str, dict[str, Any]] = {name: {} for name in loops}
     times: dict[str, list[float]] = {name: [] for name in loops}
-    for _ in range(rounds):
+    for i in range(rounds):
+        since = clock()
+        if i and seconds is not None and since + longest > began + seconds:
+            break
         for name, loop in loops.items():
             if "status" in found[name]:
                 continue
@@ -47,6 +62,7 @@ def measure_rows(
             except torch.OutOfMemoryError as error:
                 found[name] = {"status": "out of memory", "why": str(error).split(". ")[0]}
             free()
+        longest = max(longest, clock() - since)
     for name, values in times.items():
         if values and "status" not in found[name]:
             found[name]["step"] = Timing.of(values, reps=steps).to_dict()

@@ -78,8 +78,8 @@ def table_text(table: Table, header: Mapping[str, Any]) -> str:
         timed = [f"{row['name']}: {key}" for row in table["rows"] for key in TIME_KEYS if row.get(key)]
         if timed or table.get("extras"):
             raise TimesWithoutGpuError(f"{title(table)}: times without a GPU ({', '.join(timed) or 'extras'})")
-        return "\n".join([title(table), _grid(_counted_rows(table))])
-    parts = [title(table), _grid(_timed_rows(table, header))]
+        return "\n".join([title(table), _work_text(table), _grid(_counted_rows(table))])
+    parts = [title(table), _work_text(table), _grid(_timed_rows(table, header))]
     parts += [_breakdown_text(table, header), _extras_text(table)]
     return "\n".join(part for part in parts if part)
 
@@ -93,6 +93,14 @@ def title(table: Table) -> str:
         f"{parameters['all'] / 1e6:,.0f} M parameters train{checkpointing}; guidance {table['context']}, "
         f"l = {initial}, k = {contextual}\n{table['data']['description']}; {TEXTS[table['text']]}"
     )
+
+
+def _work_text(table: Table) -> str:
+    """What a step of ours must compute, part by part."""
+    work = next(row["work"] for row in table["rows"] if row["name"] == "ours")
+    total = sum(work.values())
+    parts = ", ".join(f"{part} {flops / 1e12:.1f} ({100 * flops / total:.1f} %)" for part, flops in work.items())
+    return f"real work of ours: {total / 1e12:.1f} TFLOP: {parts}"
 
 
 def mfu(row: Row, seconds: float, header: Mapping[str, Any]) -> float:

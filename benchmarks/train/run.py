@@ -35,6 +35,7 @@ class Selection:
     checkpointing: bool = False
     rounds: int = measure.ROUNDS
     steps: int = measure.STEPS
+    seconds: float | None = None  # for all rounds; None: as long as they take
     extras: tuple[str, ...] = ()
     num_workers: int = 8
     trace: Path | None = None
@@ -128,7 +129,9 @@ def run_on_cpu(selection: Selection, say: Say, *, counts: bool = True) -> Table:
         if row["name"] in verdicts:
             verdict = verdicts[row["name"]]
             row |= {"match": verdict.match, "why": verdict.why, "errors": verdict.errors}
-        if counts and row["name"] != "ours_zero":  # as ours, and DeepSpeed's own buffers, which nobody can count here
+        if row["name"] == "ours_zero":
+            row["why"] = "runs on a GPU alone: the work of ours, and DeepSpeed's own buffers and launches"
+        elif counts:
             from benchmarks.train.counts import count_step
 
             row["counts"] = count_step(ROWS[row["name"]], setting, data).to_dict()
@@ -178,7 +181,8 @@ def _measure(selection: Selection, setting: Setting, data: StepData, rows: dict[
             rows[name] |= {"match": verdict.match, "why": verdict.why, "errors": verdict.errors}
     timed = {name: loop for name, loop in loops.items() if name in rows and rows[name]["match"] != "FAIL"}
     measure.free()
-    for name, found in measure.measure_rows(timed, rounds=selection.rounds, steps=selection.steps).items():
+    found_rows = measure.measure_rows(timed, rounds=selection.rounds, steps=selection.steps, seconds=selection.seconds)
+    for name, found in found_rows.items():
         rows[name] |= found
         rows[name]["num_padded_tokens"] = loops[name].num_padded_tokens
     for name in timed:
@@ -305,7 +309,10 @@ def gate(loops: dict[str, Loop], dtype: torch.dtype) -> dict[str, Verdict]:
 
 
 def _is_installed(package: str) -> bool:
-    return importlib.util.find_spec(package) is not None
+    try:
+        return importlib.util.find_spec(package) is not None
+    except ValueError:  # imports of it are blocked
+        return False
 
 
 def optimizer_bytes(table: Table) -> float:

@@ -1,6 +1,7 @@
 """What ran: versions of the packages that decide the numbers, and the commit of the code."""
 
 import importlib.metadata
+import os
 import platform
 import subprocess
 from pathlib import Path
@@ -20,13 +21,16 @@ def versions() -> dict[str, str]:
 
 
 def git_commit() -> str:
-    """Commit of the checkout the code runs from, with `-dirty` where it has changes; "unknown" outside a checkout."""
+    """Commit of the checkout the code runs from, with `-dirty` where it has changes.
+
+    Outside a checkout (a copy on another machine) what SAMTRAIN_COMMIT says, else "unknown".
+    """
     root = Path(__file__).resolve().parent
     try:
         commit = _git(root, "rev-parse", "HEAD")
         return commit + ("-dirty" if _git(root, "status", "--porcelain", "--untracked-files=no") else "")
     except (OSError, subprocess.CalledProcessError):
-        return "unknown"
+        return os.environ.get("SAMTRAIN_COMMIT", "unknown")
 
 
 def _git(root: Path, *arguments: str) -> str:

@@ -1,13 +1,14 @@
 """The study on a toy recipe: its rows add up, and it says where scaling ends."""
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from benchmarks.scaling.__main__ import measured_mfu
 from benchmarks.scaling.network import Network
-from benchmarks.scaling.recipes import PartSeconds, Recipe, Workload, parameters_of
+from benchmarks.scaling.parts import PartSeconds, measured, predicted
+from benchmarks.scaling.recipes import Recipe, Workload, parameters_of
 from benchmarks.scaling.report import draw, whole_text, write
 from benchmarks.scaling.study import STRATEGIES, Assumptions, step_row, stops_at, study
 from benchmarks.train.shapes import SHAPES
@@ -53,19 +54,31 @@ def test_a_slow_network_ends_scaling_and_replicated_weights_go_on(
     last = {s: own[-1]["exposed_communication"] for s, own in by_strategy.items()}
     assert last["partitioned"] > last["replicated"]
     header = {"commit": "0" * 40}
-    write(tmp_path / "scaling.json", header, slow, rows, text="a test's")
+    given = {RECIPE.name: slow}
+    write(tmp_path / "scaling.json", header, given, rows, text="a test's")
     text = (tmp_path / "scaling.txt").read_text()
     assert text.startswith("COMPUTED, NOT MEASURED") and "made up by a test" in text
-    assert "partitioned: 16 GPUs" in text and whole_text(header, slow, rows, text="a test's") + "\n" == text
+    assert "partitioned: 16 GPUs" in text and whole_text(header, given, rows, text="a test's") + "\n" == text
     draw(tmp_path / "scaling.png", rows)
     assert (tmp_path / "scaling.png").stat().st_size > 1000
 
 
-def test_measured_parts_take_the_place_of_assumed_ones() -> None:
-    row = {
+def test_measured_parts_take_the_place_of_predicted_ones(tmp_path: Path) -> None:
+    ours = {
+        "name": "ours",
         "work": {"vision": 1e12, "qformer": 2e12, "llm": 3e12, "head": 1e12},
         "breakdown": {"parts": {"vision": 10, "qformer": 20, "llm": 30, "head": 5, "loss": 3, "other": 2, "update": 1}},
     }
-    found = measured_mfu(row, {"peak_tflops": 1000, "gpu": "a GPU", "commit": "0" * 40})
-    assert found.mfu == pytest.approx({"vision": 0.1, "qformer": 0.1, "language_model": 0.1})
-    assert found.source.startswith("measured on a GPU")
+    table = {"shape": "7b", "train": "frozen", "text": "mini", "context": "others", "rows": [ours]}
+    counted = table | {"train": "lora", "rows": [{"name": "ours", "work": {}}]}
+    header = {"peak_tflops": 1000, "gpu": "a GPU", "commit": "0" * 40}
+    gpu, cpu = tmp_path / "train-gpu.json", tmp_path / "train-cpu.json"
+    gpu.write_text(json.dumps({"header": header, "tables": [table, counted]}))
+    cpu.write_text(json.dumps({"header": header | {"gpu": None}, "tables": [table | {"train": "full"}]}))
+    found = measured([gpu, cpu])
+    assert list(found) == [("7b", "frozen")]
+    seconds = found["7b", "frozen"]
+    assert seconds.mfu == pytest.approx({"vision": 0.1, "qformer": 0.1, "language_model": 0.1})
+    assert seconds.is_measured and "measured on a GPU" in seconds.describe()
+    assert "PREDICTED" in predicted().describe() and not predicted().is_measured
+    assert predicted().of("language_model", 790e12 * 0.7) == pytest.approx(1.0)

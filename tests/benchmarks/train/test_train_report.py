@@ -113,6 +113,18 @@ def test_rows_take_turns_and_one_out_of_memory_leaves_the_others_alone() -> None
     assert bad.seen == ["activate", "release"] * 2 and bad.steps == 5
 
 
+def test_rounds_end_when_the_time_is_used_up_and_one_always_runs() -> None:
+    def rounds_of(seconds: float) -> int:
+        now = iter(range(0, 1000, 10))  # every look is ten seconds after the one before: a round takes ten
+        loops: dict[str, Any] = {"good": ALoop()}
+        found = measure.measure_rows(
+            loops, rounds=6, steps=1, seconds=seconds, timer=Ticks(), clock=lambda: float(next(now))
+        )
+        return found["good"]["step"]["samples"]
+
+    assert [rounds_of(seconds) for seconds in (1.0, 45.0, 1000.0)] == [1, 2, 6]
+
+
 def test_times_are_refused_without_a_gpu() -> None:
     if torch.cuda.is_available():
         pytest.skip("this machine has a GPU")
