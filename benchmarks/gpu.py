@@ -8,9 +8,9 @@ Each stage is a process of its own with a limit, ends with its results written, 
 results/gpu-stages.json; one that was cut off or failed is not marked done and runs again when it is its turn
 (`--skip-failed`: not those that failed). The order: is it right, the headline, its golden loss, then breadth.
 
-Needs beside this repository (no installation): torch 2.11 or later for CUDA with its triton, transformers 5.17 or
-later, peft, numpy, pillow, safetensors, typer, pyyaml, pytest, pytest-timeout; and what `gpu-wheels.txt` lists, where it
-is missing. In a copy without .git, SAMTRAIN_COMMIT names the commit in the results.
+Needs beside this repository, which need not be installed: torch 2.11 or later for CUDA with its triton, transformers
+5.17 or later, peft, numpy, pillow, safetensors, typer, pyyaml, pytest, pytest-timeout; and what `gpu-wheels.txt` lists,
+where it is missing. In a copy without .git, SAMTRAIN_COMMIT names the commit in the results.
 """
 
 import json
