@@ -37,7 +37,7 @@ def main(
     known = measured_parts(measured or sorted(RESULTS.glob("train-*.json")))
     if measured and not known:
         raise typer.BadParameter(f"--measured {', '.join(map(str, measured))}: no GPU's breakdown of ours is in it")
-    recipes = [Recipe(SHAPES[s], t, t != "frozen") for s in shape.split(",") for t in train.split(",")]  # type: ignore[arg-type]
+    recipes = [Recipe(SHAPES[s], t, t == "full") for s in shape.split(",") for t in train.split(",")]  # type: ignore[arg-type]
     sizes = [int(n) for n in gpus.split(",")]
     assumptions, rows = {}, list[dict[str, Any]]()
     for recipe in recipes:

@@ -77,24 +77,22 @@ class Workload:
 
     def __init__(self, recipe: Recipe, *, text: Text, seed: int = 0) -> None:
         self.recipe, self.text, self.seed = recipe, text, seed
-        self._drawn: dict[tuple[int, int, int | None], list[list[RankWork]]] = {}
+        self._drawn: dict[tuple[int, int, int], list[list[RankWork]]] = {}
         config = recipe.shape.config(guided=True, attention="sdpa")
         self._counter = FlopCounter(config, trains(recipe.train, guided=True), image_size=recipe.shape.image_size)
 
-    def rounds(self, *, samples: int, world_size: int, max_images: int | None = None) -> list[list[RankWork]]:
-        """[round][rank], of one step of `samples` samples; drawn and packed once."""
-        key = (samples, world_size, max_images)
+    def rounds(self, *, samples: int, world_size: int, packs: int = 1) -> list[list[RankWork]]:
+        """[round][rank], of one step of `samples` samples, drawn and packed once; packs: times the recipe's budgets."""
+        key = (samples, world_size, packs)
         if key not in self._drawn:
-            self._drawn[key] = self._rounds(samples, world_size, max_images)
+            self._drawn[key] = self._rounds(samples, world_size, packs)
         return self._drawn[key]
 
-    def _rounds(self, samples: int, world_size: int, max_images: int | None) -> list[list[RankWork]]:
+    def _rounds(self, samples: int, world_size: int, packs: int) -> list[list[RankWork]]:
         shape = self.recipe.shape
         lengths = _lengths(self.text, samples, self.seed)
-        hands = _dealt(
-            self.text, samples, self.seed, shape.num_query_tokens, shape.max_tokens, max_images or shape.max_images,
-            world_size,
-        )  # fmt: skip
+        budgets = (packs * shape.max_tokens, packs * shape.max_images)
+        hands = _dealt(self.text, samples, self.seed, shape.num_query_tokens, *budgets, world_size)
         works: dict[Lengths, RankWork] = {}
         for one in lengths:
             if one not in works:

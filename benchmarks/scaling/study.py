@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from benchmarks.scaling.network import Network
-from benchmarks.scaling.parts import PARTS, PartSeconds
+from benchmarks.scaling.parts import FORWARD_SHARE, PARTS, PartSeconds
 from benchmarks.scaling.recipes import RankWork, Recipe, Workload, parameters_of, slowest, total_seconds
 from benchmarks.scaling.simulate import Bucket, Timeline, simulate
 from benchmarks.scaling.zero3 import Parameter, is_gathered, kept_over_the_turn, memory, volumes
@@ -19,13 +19,6 @@ PERSISTENCE_THRESHOLD, REUSE_DISTANCE, MAX_LIVE = 100_000, 1_000_000_000, 1_000_
 ACTIVATION_BYTES = 72  # of a token, layer and unit of width, bf16: counted by benchmarks.train (7b, frozen)
 KEPT_BYTES = 2  # the same under gradient checkpointing: the layer's input
 
-# Share of a part's real work (forward and backward) that is its forward pass.
-FORWARD_SHARE = {
-    "frozen": {"vision": 1.0, "qformer": 0.6, "language_model": 1 / 2},
-    "lora": {"vision": 1.0, "qformer": 1 / 3, "language_model": 1 / 2},
-    "full": {"vision": 1.0, "qformer": 1 / 3, "language_model": 1 / 3},
-}
-
 Scaling = Literal["weak", "strong"]
 
 
@@ -33,7 +26,7 @@ Scaling = Literal["weak", "strong"]
 class Strategy:
     """bucket: elements that are gathered, and reduced, together. secondary: hpZ's second partition, inside a node.
 
-    batch: times the samples of a GPU.
+    batch: times the samples of a GPU, and the budgets of a pack.
     """
 
     name: str
@@ -50,7 +43,7 @@ STRATEGIES: dict[str, Strategy] = {
         Strategy("partitioned", "everything partitioned, buckets of 50 M elements"),
         Strategy("large_buckets", "buckets of 500 M elements", bucket=500_000_000),
         Strategy("hpz", "and a second partition inside a node (hpZ)", bucket=500_000_000, secondary=True),
-        Strategy("batch", "four times the samples a GPU, 500 M", bucket=500_000_000, batch=4),
+        Strategy("batch", "buckets of 500 M, and four times the samples in a pack", bucket=500_000_000, batch=4),
         Strategy("replicated", "frozen weights replicated", replicate_frozen=True, bucket=500_000_000),
     )
 }
@@ -91,7 +84,7 @@ def study(
             samples = SAMPLES_PER_GPU * (world_size if scaling == "weak" else 8) * strategy.batch
             if samples < world_size:
                 continue
-            rounds = workload.rounds(samples=samples, world_size=world_size)
+            rounds = workload.rounds(samples=samples, world_size=world_size, packs=strategy.batch)
             row = step_row(recipe, strategy, parameters, rounds, assumptions, world_size=world_size)
             row["samples_per_second_per_gpu"] = samples / world_size / row["step_seconds"]
             first = first or row["samples_per_second_per_gpu"]

@@ -69,14 +69,24 @@ def test_measured_parts_take_the_place_of_predicted_ones(tmp_path: Path) -> None
         "work": {"vision": 1e12, "qformer": 2e12, "llm": 3e12, "head": 1e12},
         "breakdown": {"parts": {"vision": 10, "qformer": 20, "llm": 30, "head": 5, "loss": 3, "other": 2, "update": 1}},
     }
-    table = {"shape": "7b", "train": "frozen", "text": "mini", "context": "others", "rows": [ours]}
+    table = {
+        "shape": "7b",
+        "train": "frozen",
+        "text": "mini",
+        "context": "others",
+        "checkpointing": False,
+        "rows": [ours],
+    }
     counted = table | {"train": "lora", "rows": [{"name": "ours", "work": {}}]}
+    recomputed = table | {"train": "full", "checkpointing": True}
     header = {"peak_tflops": 1000, "gpu": "a GPU", "commit": "0" * 40}
     gpu, cpu = tmp_path / "train-gpu.json", tmp_path / "train-cpu.json"
-    gpu.write_text(json.dumps({"header": header, "tables": [table, counted]}))
-    cpu.write_text(json.dumps({"header": header | {"gpu": None}, "tables": [table | {"train": "full"}]}))
+    gpu.write_text(json.dumps({"header": header, "tables": [table, counted, recomputed]}))
+    cpu.write_text(json.dumps({"header": header | {"gpu": None}, "tables": [table | {"shape": "13b"}]}))
     found = measured([gpu, cpu])
-    assert list(found) == [("7b", "frozen")]
+    assert list(found) == [("7b", "frozen"), ("7b", "full")]
+    # Recomputation is a third more work of the LLM, which the study adds: the hardware did more than the MFU says.
+    assert found["7b", "full"].mfu["language_model"] == pytest.approx(0.1 * 4 / 3)
     seconds = found["7b", "frozen"]
     assert seconds.mfu == pytest.approx({"vision": 0.1, "qformer": 0.1, "language_model": 0.1})
     assert seconds.is_measured and "measured on a GPU" in seconds.describe()
