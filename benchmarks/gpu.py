@@ -54,11 +54,6 @@ def _kernels(name: str, *selection: str, why: str) -> Stage:
     return Stage(name, ("-m", "benchmarks.kernels", *selection, "--append"), 540, why)
 
 
-def _golden(precision: str) -> Stage:
-    command = ("-m", "benchmarks.golden_loss", "--device", "cuda", "--precision", precision, "--record")
-    return Stage(f"golden-{precision}", command, 300, "training agrees with the CPU's, step by step")
-
-
 STAGES = (
     Stage(
         "tests", ("-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", "tests/kernels"), 300,
@@ -69,13 +64,15 @@ STAGES = (
         why="the headline: MFU, ratios to InstructBLIP and the reference, data wait, checkpoint, first step",
         rounds_seconds=200,
     ),
-    _golden("fp32"),
+    Stage(
+        "golden-fp32", ("-m", "benchmarks.golden_loss", "--device", "cuda", "--record"), 300,
+        "training agrees with the CPU's, step by step",
+    ),
     Stage("tune", ("-m", "benchmarks.tune"), 560, "tile sizes of this GPU; every setting checked"),
     _train("train-13b-frozen", "13b", "frozen", why="the second aim"),
     _train("train-7b-lora", "7b", "lora", why="the third aim"),
     _kernels("kernels-a", "--shape", "A", "--level", "op", "--level", "cross", why="the kernels' headline"),
     _train("train-7b-full", "7b", "full", why="everything but the tower trains"),
-    _golden("bf16"),
     _kernels("kernels-a-qformer", "--shape", "A", "--level", "qformer", "--level", "mix", why="the whole Q-Former"),
     _train("train-7b-frozen-long", "7b", "frozen", "--text", "long", why="long texts: what padding costs there"),
     _kernels("kernels-n", "--shape", "N", why="against the number of images: the figure"),
