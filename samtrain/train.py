@@ -140,7 +140,7 @@ class _Run:
             device_type=self.device.type,
         )
         self._say_parts(model, report)
-        self.config, self.kernels = model.config, model.kernels
+        self.config, self.kernels, self.liger = model.config, model.kernels, model.liger
         if recipe.train.gradient_checkpointing:
             model.gradient_checkpointing_enable()
         self.counts = trainable_counts(model)
@@ -155,6 +155,7 @@ class _Run:
             for part, (trainable, total) in trainable_counts(model).items()
         ]
         rows.append(["kernels", f"{model.kernels} (model.kernels: {self.recipe.model.kernels})"])
+        rows.append(["liger", model.liger])
         self.emit({"kind": "plan", "title": "parts", "rows": rows + report.summary()})
 
     def _resume(self, checkpointer: Checkpointer) -> TrainState:
@@ -195,6 +196,7 @@ class _Run:
         self.tracker.log_params({f"versions/{name}": version for name, version in versions().items()})
         self.tracker.set_tags({"samtrain.commit": git_commit(), "samtrain.output_dir": str(self.output_dir)})
         run = {"world_size": engine.world_size, "device": str(self.device), "kernels": self.kernels}
+        run["liger"] = self.liger
         self.tracker.log_params(run)
         self.tracker.log_text(recipe.to_yaml(), "recipe.yaml")
         for source in sources_of(self.index).values():

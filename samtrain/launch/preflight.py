@@ -42,7 +42,7 @@ def preflight(recipe: Recipe, *, where: str, emit: Emit, is_here: bool = True) -
     """
     output = resolve_output_dir(recipe)
     parameters = _parameters(recipe)
-    kernels = _kernels(recipe, is_here=is_here)
+    kernels, liger = _kernels(recipe, is_here=is_here)
     disk = _disk_row(recipe, output, parameters)
     _build_data(recipe, emit=emit)
     data_rows, steps_per_epoch = _data_rows(recipe)
@@ -55,6 +55,7 @@ def preflight(recipe: Recipe, *, where: str, emit: Emit, is_here: bool = True) -
         *data_rows,
         *_parameter_rows(parameters),
         ["kernels", kernels],
+        ["liger", liger],
         disk,
         _host_memory_row(recipe, parameters),
     ]
@@ -95,23 +96,29 @@ def _parameter_rows(parameters: dict[str, tuple[int, int]]) -> list[list[str]]:
     return [*rows, ["all parts", f"{_count(total)} parameters, {_count(trainable)} train"]]
 
 
-def _kernels(recipe: Recipe, *, is_here: bool) -> str:
-    """What `model.kernels` comes to; only the workers know where they are elsewhere, or have GPUs that are not here.
+def _kernels(recipe: Recipe, *, is_here: bool) -> tuple[str, str]:
+    """What `model.kernels` and `model.liger` come to; only the workers know where they are elsewhere, or have GPUs that
+    are not here.
 
     Raises:
-        ConfigError: the kernels asked for cannot run where the run would.
+        ConfigError: what is asked for cannot run where the run would.
     """
     from samtrain.launch.devices import device_type, local_gpus
     from samtrain.model.kernels import choose_kernels
+    from samtrain.model.liger import choose_liger
     from samtrain.model.parts import build_config
 
-    asked, device = recipe.model.kernels, recipe.launch.device
+    model, device = recipe.model, recipe.launch.device
     if device != "cpu" and (not is_here or (device == "cuda" and local_gpus() < recipe.launch.num_workers)):
-        return f"{asked}; decided where the workers run"
+        later = "decided where the workers run"
+        return f"{model.kernels}; {later}", f"{str(model.liger).lower()}; {later}"
     device = device_type(recipe, num_gpus=local_gpus())
-    qformer, trains = build_config(recipe.model).qformer_config, recipe.model.train.qformer
-    chosen = choose_kernels(asked, qformer, device_type=device, qformer_trains=trains)
-    return f"{chosen} on {device} (model.kernels: {asked})"
+    config = build_config(model)
+    chosen = choose_kernels(
+        model.kernels, config.qformer_config, device_type=device, qformer_trains=model.train.qformer
+    )
+    _, liger = choose_liger(model.liger, config.text_config, device_type=device)
+    return f"{chosen} on {device} (model.kernels: {model.kernels})", liger
 
 
 def _count(number: int) -> str:

@@ -11,6 +11,7 @@ from samtrain.core.parameters import Gather, no_gather
 from samtrain.core.seeds import derive_seed
 from samtrain.model.freezing import apply_freezing
 from samtrain.model.kernels import choose_kernels
+from samtrain.model.liger import apply_liger, choose_liger
 from samtrain.model.lora import attach_lora
 from samtrain.model.modeling import SamMllmForConditionalGeneration
 from samtrain.model.options import ModelOptions
@@ -37,7 +38,7 @@ def build_model(
     Args:
         construction: context in which modules are made (DeepSpeed's zero.Init under ZeRO-3).
         gather: makes partitioned parameters whole.
-        device_type: where the model will run; it decides `model.kernels: auto`.
+        device_type: where the model will run; it decides `auto` of `model.kernels` and `model.liger`.
 
     Raises:
         ConfigError, CheckpointError: naming the part and its source.
@@ -46,6 +47,7 @@ def build_model(
     kernels = choose_kernels(
         options.kernels, config.qformer_config, device_type=device_type, qformer_trains=options.train.qformer
     )
+    is_liger, liger = choose_liger(options.liger, config.text_config, device_type=device_type)
     size = getattr(config.vision_config, "image_size", None)
     processor = build_processor(options, image_size=size if isinstance(size, int) else 224)
     config.image_token_id = processor.image_token_id
@@ -64,7 +66,9 @@ def build_model(
             torch.manual_seed(derive_seed(seed, "lora"))
             attach_lora(model, options.train.lora)
     apply_freezing(model, options.train)
-    model.kernels = kernels
+    if is_liger:
+        apply_liger(model.language_model)
+    model.kernels, model.liger = kernels, liger
     return model.eval(), plan.report
 
 

@@ -76,7 +76,9 @@ class SamMllmForConditionalGeneration(PreTrainedModel):
         self.query_tokens = nn.Parameter(torch.zeros(1, config.num_query_tokens, config.qformer_config.hidden_size))
         self.qformer = InstructBlipQFormerModel._from_config(config.qformer_config)
         self.guidance = Guidance(config) if config.guidance_mode == "bidirectional" else None
-        self.kernels: Backend = "auto"  # of this process, and no part of the configuration
+        # Of this process, and no part of the configuration:
+        self.kernels: Backend = "auto"
+        self.liger = "off"  # in words
         self.language_projection = nn.Linear(config.qformer_config.hidden_size, config.text_config.hidden_size)
         self.language_model = AutoModelForCausalLM.from_config(config.text_config)
         check_language_model(self.language_model)
