@@ -57,6 +57,7 @@ def test_steps_follow_from_epochs_where_max_steps_is_not_set(tiny_recipe: Path) 
         ("data.path=/nonexistent/data", "/nonexistent/data.*does not exist"),
         ("data.image_size=24", "data.image_size is 24"),
         ("model.tokenizer_name_or_path=null", "tokenizer_name_or_path is not set"),
+        ("model.liger=true", "model.liger is true, but its kernels need a GPU"),
         ("model.vision.config.hidden_sice=4", "hidden_sice"),
         ("train.resume_from_checkpoint=/nonexistent/checkpoint-3", "checkpoint-3"),
         ("model.train={guidance: false}", "nothing trains"),
@@ -85,7 +86,10 @@ def test_the_plan_says_which_kernels_run(
 ) -> None:
     """The tiny Q-Former has attention dropout, which the materialised path alone has: where it trains, nothing else."""
     monkeypatch.setattr("samtrain.launch.devices.local_gpus", lambda: 0)
-    assert check(tiny_recipe, *overrides)["kernels"] == expected
+    rows = check(tiny_recipe, *overrides)
+    assert rows["kernels"] == expected
+    on_cpu, elsewhere = "off: its kernels need a GPU and this runs on cpu", "auto; decided where the workers run"
+    assert rows["liger"] == (on_cpu if "launch.device=cpu" in overrides else elsewhere)
 
 
 def test_elsewhere_the_workers_decide_on_kernels(tiny_recipe: Path) -> None:
