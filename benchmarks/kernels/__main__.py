@@ -1,5 +1,6 @@
 """`python -m benchmarks.kernels`: tables of every shape, mode and level; see benchmarks/README.md."""
 
+import importlib.util
 import re
 import subprocess
 import sys
@@ -134,6 +135,8 @@ def _notes_without_gpu(selection: Selection) -> list[str]:
     ]
     if selection.only and "ours" not in selection.only:
         return notes
+    if importlib.util.find_spec("triton") is None:
+        return [*notes, "our Triton kernels were not checked: triton is not installed (`make bench` installs it)"]
     verdicts = check_interpreted()
     words = ", ".join(
         f"{v['level']} {v['context']} {v['match']}" + (f" ({v['why']})" if v["why"] else "") for v in verdicts

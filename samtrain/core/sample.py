@@ -104,6 +104,10 @@ class SampleEncoder(Protocol):
         """
         ...
 
-    def pixel_values(self, image: "Image.Image") -> "Tensor":
-        """[3, image_size, image_size] float32: bicubic resize (if needed), scaled, normalised."""
+    def pixel_values(self, image: "Image.Image | Tensor") -> "Tensor":
+        """[3, image_size, image_size] float32: bicubic resize (if needed), scaled, normalised.
+
+        Args:
+            image: a picture, or one that already has the size, as [3, image_size, image_size] uint8.
+        """
         ...

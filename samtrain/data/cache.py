@@ -42,15 +42,14 @@ class DiskCache:
     """key -> bytes. Several caches may use one folder at once; each keeps its own bound.
 
     folder: None: samtrain/shards in the user's cache folder.
+    max_bytes: None: half of what the disk has free besides the cache, so that checkpoints find room.
 
     Raises:
         ConfigError: the folder cannot be made.
     """
 
-    def __init__(self, folder: str | Path | None = None, *, max_bytes: int) -> None:
+    def __init__(self, folder: str | Path | None = None, *, max_bytes: int | None = None) -> None:
         self.folder = Path(folder).expanduser() if folder else default_folder()
-        self.max_bytes = max_bytes
-        self._max_entries_bytes = max_bytes - _FIXED_BYTES
         self._entries, self._locks = self.folder / "entries", self.folder / "locks"
         self._usage = self.folder / "usage"  # bytes taken by all entries, at least; read and written under its lock
         self._numbers = itertools.count()
@@ -62,6 +61,8 @@ class DiskCache:
                 f"data.remote.cache_dir: {self.folder} cannot be written ({error.strerror}); name a folder on a "
                 f"local disk"
             ) from None
+        self.max_bytes = (self._free_bytes() + self._counted_bytes()) // 2 if max_bytes is None else max_bytes
+        self._max_entries_bytes = self.max_bytes - _FIXED_BYTES
 
     def get(self, key: str) -> bytes | None:
         """The bytes under `key`, checked; None where they are not there whole."""
@@ -121,17 +122,23 @@ class DiskCache:
 
     def describe(self) -> str:
         """How large it may grow, in words; what does not fit on the disk is said."""
-        with contextlib.suppress(OSError):
-            used = int.from_bytes(self._usage.read_bytes(), "little") if self._usage.exists() else 0
-            free = shutil.disk_usage(self.folder).free
-            said = f"{self.folder}: {_gib(self.max_bytes)} at most, {_gib(used)} used, {_gib(free)} free on the disk"
-            is_short = self.max_bytes - used > free
-            return f"{said}: lower data.remote.cache_bytes, or caching ends when it is full" if is_short else said
-        return f"{self.folder}: {_gib(self.max_bytes)} at most"
+        used, free = self._counted_bytes(), self._free_bytes()
+        said = f"{self.folder}: {_gib(self.max_bytes)} at most, {_gib(used)} used, {_gib(free)} free on the disk"
+        if self.max_bytes - used > free:
+            said += ": data.remote.cache_bytes is more than there is; caching ends when the disk is full"
+        return said
 
     def used_bytes(self) -> int:
         """What the entries take on disk now; looks at all of them."""
         return sum(size for _, size, _ in self._files()) + self._folder_bytes()
+
+    def _counted_bytes(self) -> int:
+        with contextlib.suppress(OSError):
+            return int.from_bytes(self._usage.read_bytes(), "little")
+        return 0
+
+    def _free_bytes(self) -> int:
+        return shutil.disk_usage(self.folder).free
 
     def _make_folders(self) -> None:
         self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)

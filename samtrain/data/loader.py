@@ -1,8 +1,9 @@
 """Loaders: endless training steps with a cursor, evaluation steps, and single samples for generation.
 
-Steps are built ahead, in order, by one thread that plans and `num_workers` threads that decode (PIL releases the
-GIL). At most `prefetch_steps` steps wait; the cursor counts what was handed out, never what was built ahead. The ranks
-agree on a step when it is handed out (agree.py).
+Steps are built ahead, in order, by one thread that plans, `num_workers` threads that decode (without the GIL), and one
+that collates; the next step is planned while this one is decoded, so that the decoders never run dry. At most
+`prefetch_steps` steps are under way or wait; the cursor counts what was handed out, never what was built ahead. The
+ranks agree on a step when it is handed out (agree.py).
 """
 
 from collections import deque
@@ -29,22 +30,23 @@ Built = TypeVar("Built")
 
 
 class StepStream(Generic[Built]):
-    """Calls `build(n, map_function)` for n = 0, 1, ... ahead of the consumer, in order.
+    """Calls `begin(n, map_function)()` for n = 0, 1, ... ahead of the consumer, in order.
 
     Args:
+        begin: starts a step; what it returns finishes it. Both are called in order, each in a thread of its own.
         num_steps: where to end; None: never.
         num_workers: threads behind `map_function`; 0 builds each step when it is asked for, in the caller's thread.
     """
 
     def __init__(
         self,
-        build: Callable[[int, Map], Built],
+        begin: Callable[[int, Map], Callable[[], Built]],
         *,
         num_steps: int | None,
         num_workers: int,
         prefetch_steps: int,
     ) -> None:
-        self._build = build
+        self._begin = begin
         self._num_steps = num_steps
         self._prefetch_steps = prefetch_steps
         self._next = 0
@@ -52,6 +54,7 @@ class StepStream(Generic[Built]):
         self._planner: ThreadPoolExecutor | None = None
         if num_workers:
             self._planner = ThreadPoolExecutor(1, thread_name_prefix="samtrain-steps")
+            self._finisher = ThreadPoolExecutor(1, thread_name_prefix="samtrain-collate")
             self._workers = ThreadPoolExecutor(num_workers, thread_name_prefix="samtrain-decode")
 
     def __iter__(self) -> Iterator[Built]:
@@ -63,19 +66,20 @@ class StepStream(Generic[Built]):
             if self._next == self._num_steps:
                 raise StopIteration
             self._next += 1
-            return self._build(self._next - 1, map)
+            return self._begin(self._next - 1, map)()
         while len(self._waiting) < self._prefetch_steps and self._next != self._num_steps:
-            self._waiting.append(self._planner.submit(self._build, self._next, self._workers.map))
+            begun = self._planner.submit(self._begin, self._next, self._workers.map)
+            self._waiting.append(self._finisher.submit(_finish, begun))
             self._next += 1
         if not self._waiting:
             raise StopIteration
         return self._waiting.popleft().result()
 
     def run(self, function: Callable[[Map], Built]) -> Built:
-        """Call `function(map_function)` in the thread that builds steps, after those that were asked for."""
+        """Call `function(map_function)` after all steps that were asked for; nothing else is built meanwhile."""
         if self._planner is None:
             return function(map)
-        return self._planner.submit(function, self._workers.map).result()
+        return self._finisher.submit(function, self._workers.map).result()
 
     def close(self) -> None:
         """End all threads; returns when they are gone."""
@@ -85,6 +89,11 @@ class StepStream(Generic[Built]):
         if self._planner is not None:
             self._workers.shutdown(wait=True, cancel_futures=True)
             self._planner.shutdown(wait=True, cancel_futures=True)
+            self._finisher.shutdown(wait=True, cancel_futures=True)
+
+
+def _finish(begun: Future[Callable[[], Built]]) -> Built:
+    return begun.result()()
 
 
 class TrainLoader:
@@ -192,13 +201,13 @@ class TrainLoader:
     def _start_stream(self, start: int) -> StepStream[BuiltStep]:
         builder, order = self._builder, self.order
 
-        def build(step: int, map_function: Map) -> BuiltStep:
+        def begin(step: int, map_function: Map) -> Callable[[], BuiltStep]:
             position = start + step * order.global_batch_size
             cursor = order.cursor(position + order.global_batch_size)
-            return builder.build(order.slots(position), cursor=cursor, map_function=map_function)
+            return builder.begin(order.slots(position), cursor=cursor, map_function=map_function)
 
         return StepStream(
-            build,
+            begin,
             num_steps=None,
             num_workers=self.options.num_workers,
             prefetch_steps=self.options.prefetch_steps,
@@ -217,9 +226,9 @@ def _hand_out(
 
     def rebuild(step: BuiltStep, excluded: Mapping[int, str]) -> BuiltStep:
         return stream.run(
-            lambda map_function: builder.build(
+            lambda map_function: builder.begin(
                 step.slots, cursor=step.cursor, map_function=map_function, excluded=excluded
-            )
+            )()
         )
 
     # Every rank knows the same quarantine here, however many steps were built before it did.
@@ -250,13 +259,13 @@ def evaluation_steps(
 
     accounts = StepAccounts(builder, max_bad_fraction=None)
 
-    def build(step: int, map_function: Map) -> BuiltStep:
+    def begin(step: int, map_function: Map) -> Callable[[], BuiltStep]:
         stop = min(len(index), (step + 1) * batch_size)
         slots = [Slot(0, i) for i in range(step * batch_size, stop)]
-        return builder.build(slots, cursor={"position": stop}, map_function=map_function)
+        return builder.begin(slots, cursor={"position": stop}, map_function=map_function)
 
     stream = StepStream(
-        build,
+        begin,
         num_steps=-(-len(index) // batch_size),
         num_workers=options.num_workers,
         prefetch_steps=options.prefetch_steps,

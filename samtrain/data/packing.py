@@ -1,11 +1,13 @@
 """Packs of whole samples, and their way to the ranks.
 
-The samples of ONE global step are packed first-fit decreasing: a pack (a micro-batch) holds at most `max_tokens`
-tokens and `max_images` images, and a sample is never cut. Packs are then dealt to the ranks by cost. Every rank gets
-equally many places, because ZeRO-3 gathers parameters in every micro-batch on all ranks together; a place without a
-pack is None, a filler. Everything is a function of the step's sizes alone, so all ranks compute the same deal.
+A pack (a micro-batch) holds at most `max_tokens` tokens and `max_images` images, and a sample is never cut. First-fit
+decreasing says how many packs the samples of ONE global step need. Every rank gets equally many places for packs,
+because ZeRO-3 gathers parameters in every micro-batch on all ranks together, and the samples are spread over these
+places by cost; a place without a sample is None, a filler. Everything is a function of the step's sizes alone, so all
+ranks compute the same deal.
 """
 
+import heapq
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -74,22 +76,28 @@ def pack(sizes: Sequence[SampleSize], *, max_tokens: int, max_images: int) -> li
     return [sorted(p) for p in packs]
 
 
-def deal(packs: Sequence[Pack], sizes: Sequence[SampleSize], *, world_size: int) -> list[list[Pack | None]]:
-    """Packs of each rank, equally many (at least one), None where a rank runs a filler.
+def deal(sizes: Sequence[SampleSize], *, max_tokens: int, max_images: int, world_size: int) -> list[list[Pack | None]]:
+    """Packs of each rank, equally many (at least one) and as few as first-fit decreasing needs.
 
-    Micro-batches run in step on all ranks, so a round costs what its costliest pack costs: packs of like cost share
-    a round, and within a round the costliest goes to the rank with the least so far (longest processing time first).
-    Where the packs do not divide by the ranks, the costliest are split between samples: a smaller micro-batch on an
-    idle rank beats a filler.
+    Micro-batches run in step on all ranks, so a round costs what its costliest pack costs. The samples are therefore
+    spread over all places of all ranks so that packs cost alike; packs of like cost share a round, and within a round
+    the costliest goes to the rank with the least so far. None where a rank runs a filler: fewer samples than places.
+
+    Raises:
+        DataError: a sample exceeds a budget.
     """
 
     def cost(p: Pack) -> float:
         return sum(sizes[i].cost for i in p)
 
-    ordered = sorted(_split_to_multiple(packs, sizes, world_size=world_size), key=lambda p: (-cost(p), p))
+    fewest = pack(sizes, max_tokens=max_tokens, max_images=max_images)
+    num_places = max(1, -(-len(fewest) // world_size)) * world_size
+    # Where budgets are too tight to spread, the packs are nearly full, and so nearly alike, as they are.
+    packs = _spread(sizes, num_places, max_tokens=max_tokens, max_images=max_images) or fewest
+    ordered = sorted(packs, key=lambda p: (-cost(p), p))
     hands: list[list[Pack | None]] = [[] for _ in range(world_size)]
     loads = [0.0] * world_size
-    for start in range(0, max(1, len(ordered)), world_size):
+    for start in range(0, num_places, world_size):
         ranks = sorted(range(world_size), key=lambda r: (loads[r], r))
         for place, r in enumerate(ranks):
             chosen = ordered[start + place] if start + place < len(ordered) else None
@@ -98,19 +106,25 @@ def deal(packs: Sequence[Pack], sizes: Sequence[SampleSize], *, world_size: int)
     return hands
 
 
-def _split_to_multiple(packs: Sequence[Pack], sizes: Sequence[SampleSize], *, world_size: int) -> list[Pack]:
-    result = list(packs)
-    while len(result) % world_size:
-        splittable = [p for p in result if len(p) > 1]
-        if not splittable:
-            break
-        costliest = max(splittable, key=lambda p: (sum(sizes[i].cost for i in p), p))
-        result.remove(costliest)
-        halves: list[Pack] = [[], []]
-        loads = [0.0, 0.0]
-        for i in sorted(costliest, key=lambda i: (-sizes[i].cost, i)):
-            lighter = loads.index(min(loads))
-            halves[lighter].append(i)
-            loads[lighter] += sizes[i].cost
-        result += [sorted(half) for half in halves]
-    return result
+def _spread(sizes: Sequence[SampleSize], num_packs: int, *, max_tokens: int, max_images: int) -> list[Pack] | None:
+    """At most `num_packs` packs of like cost: the costliest sample first, each to the cheapest pack that has room.
+
+    None where a sample finds no room in any.
+    """
+    packs: list[Pack] = [[] for _ in range(num_packs)]
+    room = [(max_tokens, max_images)] * num_packs
+    cheapest = [(0.0, p) for p in range(num_packs)]  # a heap
+    for i in sorted(range(len(sizes)), key=lambda i: (-sizes[i].cost, i)):
+        tokens, images = sizes[i].num_tokens, sizes[i].num_images
+        full = []
+        while cheapest and not (tokens <= room[cheapest[0][1]][0] and images <= room[cheapest[0][1]][1]):
+            full.append(heapq.heappop(cheapest))
+        if not cheapest:
+            return None
+        cost, p = cheapest[0]
+        packs[p].append(i)
+        room[p] = (room[p][0] - tokens, room[p][1] - images)
+        heapq.heapreplace(cheapest, (cost + sizes[i].cost, p))
+        for item in full:
+            heapq.heappush(cheapest, item)
+    return [sorted(p) for p in packs if p]

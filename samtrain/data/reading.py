@@ -20,6 +20,7 @@ from samtrain.data.storage import Store
 MAX_OPEN_SHARDS = 256  # descriptors kept; shards beyond are opened for each read
 NUM_CONNECTIONS = 16
 MAX_AHEAD_BYTES = 256 * 1024**2  # fetched and not yet asked for
+_KEPT_PLANS = 3  # steps that are begun before an earlier one is finished, and more
 _MAX_GAP = 64 * 1024  # between extents; reading over it costs less than another request
 _MAX_RUN = 256 * 1024**2  # of one request; a single extent may be larger
 
@@ -124,9 +125,10 @@ class RemoteShards:
         self._digest = digest
         self._lock = threading.Lock()
         self._pool: ThreadPoolExecutor | None = None
-        self._ahead: dict[_Run, Future[bytes]] = {}
+        self._plan = 0  # number of the last `prefetch`
+        self._planned: deque[tuple[int, _Run]] = deque()
+        self._ahead: dict[_Run, tuple[int, Future[bytes]]] = {}
         self._ahead_bytes = 0
-        self._planned: deque[_Run] = deque()
 
     def read(self, shard: int, extents: Sequence[Extent], *, key: str) -> list[bytes]:
         """As `LocalShards.read`."""
@@ -150,19 +152,22 @@ class RemoteShards:
         return [futures[i].result() for i in range(len(requests))]
 
     def prefetch(self, requests: Sequence[Request]) -> None:
-        """Fetch what `read` will be asked for next, in this order, some way ahead; replaces what was planned before."""
+        """Fetch what `read` will be asked for next, in this order, some way ahead.
+
+        What was planned some calls ago and not asked for since is dropped: that step was not finished.
+        """
         with self._lock:
-            self._planned = deque(run for shard, extents, _ in requests for run, _ in _runs(shard, extents))
-            for future in self._ahead.values():
-                future.cancel()
-            self._ahead.clear()
-            self._ahead_bytes = 0
+            self._plan += 1
+            self._drop(self._plan - _KEPT_PLANS)
+            self._planned.extend(
+                (self._plan, run) for shard, extents, _ in requests for run, _ in _runs(shard, extents)
+            )
             self._advance()
 
     def close(self) -> None:
         """End the threads; a later read starts them again."""
-        self.prefetch(())
         with self._lock:
+            self._drop(self._plan)
             pool, self._pool = self._pool, None
         if pool is not None:
             pool.shutdown(wait=True, cancel_futures=True)
@@ -170,20 +175,27 @@ class RemoteShards:
     def _take(self, run: _Run) -> "Future[bytes] | None":
         """What was begun for `run`, if it was."""
         with self._lock:
-            future = self._ahead.pop(run, None)
-            if future is not None:
+            begun = self._ahead.pop(run, None)
+            if begun is not None:
                 self._ahead_bytes -= run[2] - run[1]
-            elif run in self._planned:
-                self._planned.remove(run)  # its turn came before we were there
+            else:  # its turn may have come before we were there
+                self._planned = deque(planned for planned in self._planned if planned[1] != run)
             self._advance()
-        return future
+        return None if begun is None else begun[1]
+
+    def _drop(self, plan: int) -> None:
+        """Forget what was planned by call `plan` and before. The lock is held."""
+        self._planned = deque(planned for planned in self._planned if planned[0] > plan)
+        for run in [run for run, (number, _) in self._ahead.items() if number <= plan]:
+            self._ahead.pop(run)[1].cancel()
+            self._ahead_bytes -= run[2] - run[1]
 
     def _advance(self) -> None:
         """Begin what is planned, as far as memory allows. The lock is held."""
         while self._planned and (not self._ahead or self._ahead_bytes < MAX_AHEAD_BYTES):
-            run = self._planned.popleft()
+            plan, run = self._planned.popleft()
             if run not in self._ahead:
-                self._ahead[run] = self._threads_locked().submit(self._fetch, run)
+                self._ahead[run] = plan, self._threads_locked().submit(self._fetch, run)
                 self._ahead_bytes += run[2] - run[1]
 
     def _fetch(self, run: _Run) -> bytes:

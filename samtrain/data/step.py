@@ -13,7 +13,7 @@ is one rank's view of the step, which the ranks compare before it is used (agree
 
 import copy
 import zlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -28,7 +28,7 @@ from samtrain.data.index import ShardError
 from samtrain.data.mixture import SampleSet
 from samtrain.data.options import DataOptions
 from samtrain.data.order import Slot
-from samtrain.data.packing import SampleSize, deal, pack
+from samtrain.data.packing import Pack, SampleSize, deal
 from samtrain.data.pixels import Augmentation, load_square
 from samtrain.data.quarantine import Quarantine
 
@@ -95,18 +95,27 @@ class StepBuilder:
         self.quarantine = Quarantine(index)
 
     def build(
+        self, slots: Sequence[Slot], *, cursor: dict[str, Any], excluded: Mapping[int, str] | None = None
+    ) -> BuiltStep:
+        """This rank's view of one global step; arguments and errors as of `begin`."""
+        return self.begin(slots, cursor=cursor, excluded=excluded)()
+
+    def begin(
         self,
         slots: Sequence[Slot],
         *,
         cursor: dict[str, Any],
         map_function: Map = map,
         excluded: Mapping[int, str] | None = None,
-    ) -> BuiltStep:
-        """This rank's view of one global step.
+    ) -> Callable[[], BuiltStep]:
+        """Read and pack one global step and have its pictures decoded; what is returned waits for them.
+
+        Steps are begun in order and finished in order. The next may be begun before this one is finished, so that
+        threads that decode do not run dry between them.
 
         Args:
             cursor: the state after this step, handed through.
-            map_function: runs the decoding, one call per sample.
+            map_function: runs the decoding, one call per sample; that of a pool starts at once.
             excluded: place -> reason, of the samples to leave out, as the ranks agreed; None: no step of this number
                 was built before, and what is in quarantine is left out.
 
@@ -115,13 +124,42 @@ class StepBuilder:
         """
         if excluded is None:
             excluded = self._in_quarantine(slots)
-        prepared, unusable = self._prepare_all(slots, excluded)
+        broken: dict[int, str] = {}  # shards that this step finds
+        prepared, unusable = self._prepare_all(slots, excluded, broken)
         sizes = [sample.size for sample in prepared]
-        packs = pack(sizes, max_tokens=self.options.max_tokens, max_images=self.options.max_images)
-        own = deal(packs, sizes, world_size=self.world_size)[self.rank]
+        own = deal(
+            sizes,
+            max_tokens=self.options.max_tokens,
+            max_images=self.options.max_images,
+            world_size=self.world_size,
+        )[self.rank]
         flat = [prepared[i] for chosen in own for i in chosen or ()]
         self.index.prefetch_images([sample.slot.index for sample in flat])
         decoded = iter(zip(flat, map_function(self._decode, flat)))
+
+        def finish() -> BuiltStep:
+            micro_batches, damaged = self._collate_all(own, decoded, broken)
+            for shard, reason in broken.items():
+                self.quarantine.add(shard, reason)
+            return BuiltStep(
+                slots=tuple(slots),
+                cursor=cursor,
+                micro_batches=tuple(micro_batches),
+                unusable=unusable,
+                damaged=damaged,
+                quarantined=self.quarantine.take_found(),
+                sizes_digest=zlib.crc32(repr(sizes).encode()),
+            )
+
+        return finish
+
+    def _collate_all(
+        self,
+        own: Sequence[Pack | None],
+        decoded: Iterator[tuple[_Prepared, list[Tensor] | DataError]],
+        broken: dict[int, str],
+    ) -> tuple[list[PackedBatch], dict[int, str]]:
+        """The micro-batches of this rank, and place -> reason of the samples whose images cannot be decoded."""
         damaged: dict[int, str] = {}
         micro_batches = []
         for chosen in own:
@@ -129,29 +167,21 @@ class StepBuilder:
             for sample, images in (next(decoded) for _ in chosen or ()):
                 if isinstance(images, DataError):
                     damaged[sample.place] = str(images)
-                    self._note(images)
+                    _note(images, broken)
                 else:
                     ready.append(ReadySample(sample.record.key, sample.text, images))
             batch = collate(ready, self.encoder)
             # From pinned memory the engine's copy to a GPU waits for nobody. Asked here, not before: a process that has
             # no GPU in use (planning, a CPU run on a GPU node) must not begin to.
             micro_batches.append(batch.pin_memory() if torch.cuda.is_initialized() else batch)
-        return BuiltStep(
-            slots=tuple(slots),
-            cursor=cursor,
-            micro_batches=tuple(micro_batches),
-            unusable=unusable,
-            damaged=damaged,
-            quarantined=self.quarantine.take_found(),
-            sizes_digest=zlib.crc32(repr(sizes).encode()),
-        )
+        return micro_batches, damaged
 
     def shard_of(self, slot: Slot) -> int:
         """Number of the shard that holds the sample of a slot."""
         return self.index.entries[slot.index].shard
 
     def _prepare_all(
-        self, slots: Sequence[Slot], excluded: Mapping[int, str]
+        self, slots: Sequence[Slot], excluded: Mapping[int, str], broken: dict[int, str]
     ) -> tuple[list[_Prepared], dict[int, str]]:
         """The samples to pack, and place -> reason of the others. Within a step each sample is judged by itself."""
         unusable = dict(excluded)
@@ -165,22 +195,19 @@ class StepBuilder:
                 prepared.append(_Prepared(place, slot, record, encode_checked(self.encoder, record)))
             except DataError as error:
                 unusable[place] = str(error)
-                self._note(error)
+                _note(error, broken)
         return prepared, unusable
 
     def _in_quarantine(self, slots: Sequence[Slot]) -> dict[int, str]:
         """Place -> reason of the samples whose shard is given up.
 
-        Steps are built in order, so these shards broke in earlier ones. A step that is built again does not ask: by
-        then later steps were built, and what they found must not reach back.
+        Steps are finished in order, so these shards broke in earlier ones; those that broke in one that is not finished
+        yet are left out when the step is handed out (agree.py). A step that is built again does not ask: by then later
+        steps were built, and what they found must not reach back.
         """
         known = set(self.quarantine.reasons)
         shards = ((place, self.shard_of(slot)) for place, slot in enumerate(slots)) if known else ()
         return {place: self.quarantine.describe(shard) for place, shard in shards if shard in known}
-
-    def _note(self, error: DataError) -> None:
-        if isinstance(error, ShardError):
-            self.quarantine.add(error.shard, str(error))
 
     def _decode(self, sample: _Prepared) -> list[Tensor] | DataError:
         """Pixel values of each image, or why the sample cannot be used."""
@@ -214,6 +241,11 @@ class StepBuilder:
             where=where,
         )
         return self.encoder.pixel_values(square)
+
+
+def _note(error: DataError, broken: dict[int, str]) -> None:
+    if isinstance(error, ShardError):
+        broken.setdefault(error.shard, str(error))
 
 
 def encode_checked(encoder: SampleEncoder, record: SampleRecord) -> EncodedText:

@@ -40,10 +40,12 @@ class WordEncoder:
         answer = [] if output is None else [*(self._word(word) for word in output.split()), 2]
         return EncodedText(prompt + answer, [IGNORE_INDEX] * len(prompt) + answer, words)
 
-    def pixel_values(self, image: Image.Image) -> torch.Tensor:
-        if image.size != (self.image_size, self.image_size):
+    def pixel_values(self, image: Image.Image | torch.Tensor) -> torch.Tensor:
+        if isinstance(image, Image.Image):
             image = image.resize((self.image_size, self.image_size), Image.Resampling.BICUBIC)
-        return torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 127.5 - 1
+            image = torch.from_numpy(np.array(image)).permute(2, 0, 1)
+        assert image.shape == (3, self.image_size, self.image_size)
+        return image.float() / 127.5 - 1
 
     @staticmethod
     def _word(word: str) -> int:

@@ -114,6 +114,13 @@ def test_four_processes_hold_one_bound_and_read_what_they_wrote(tmp_path):
     assert DiskCache(tmp_path, max_bytes=limit).used_bytes() <= limit
 
 
+def test_what_is_being_written_takes_its_room_before_it_is(tmp_path):
+    cache = DiskCache(tmp_path, max_bytes=MIB)
+    for i in range(5):
+        cache._reserve(100_000, tmp_path / "entries" / "0" / f".writing-{i}", 100_000)
+    assert cache.used_bytes() >= 500_000
+
+
 def test_killed_writers_leave_nothing_torn_and_the_bound_still_holds(tmp_path):
     limit = 2 * MIB
     for seed in range(6):
@@ -200,6 +207,18 @@ def test_a_cache_that_is_deleted_under_its_user_begins_anew(tmp_path):
     shutil.rmtree(tmp_path / "cache")
     assert cache.fetch("a", lambda: b"y") == b"y"
     assert cache.fetch("a", lambda: b"y") == b"y" == cache.get("a")
+
+
+def test_the_bound_leaves_half_of_the_disk_and_says_when_there_is_less(tmp_path, monkeypatch):
+    free = [100 * MIB]
+    monkeypatch.setattr("shutil.disk_usage", lambda path: type("Usage", (), {"free": free[0]}))
+    cache = DiskCache(tmp_path)
+    assert cache.max_bytes == 50 * MIB
+    cache.put("a", bytes(10 * MIB))
+    free[0] -= cache.used_bytes()
+    assert abs(DiskCache(tmp_path).max_bytes - 50 * MIB) < MIB  # whoever opens it later has the same bound
+    assert "0.0 GiB at most" in cache.describe() and "more than there is" not in cache.describe()
+    assert "data.remote.cache_bytes is more than there is" in DiskCache(tmp_path, max_bytes=2**40).describe()
 
 
 def test_what_is_too_large_for_it_is_not_kept_and_nothing_goes_for_it(tmp_path):

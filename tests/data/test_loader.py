@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+from samtrain.core.batch import PackedBatch
 from samtrain.core.errors import CheckpointError, ConfigError, DataError, TrainingError
 from samtrain.core.sample import EncodedText
 from samtrain.data.index import SAMPLES_FILE, ShardIndex
@@ -102,6 +103,31 @@ def test_another_epoch_augments_anew_and_evaluation_does_not_augment(make_loader
     assert torch.equal(plain[0].micro_batches[0].pixel_values, plain[1].micro_batches[0].pixel_values)
     evaluated = next(iter(evaluation_steps(fifty, encoder, options, batch_size=50, rank=0, world_size=1)))
     assert torch.equal(evaluated.micro_batches[0].pixel_values, plain[0].micro_batches[0].pixel_values)
+
+
+def test_reduced_decode_changes_training_a_little_and_evaluation_not_at_all(write_set, make_jpeg, encoder, options):
+    large = [make_jpeg(7, width=320, height=240)]
+    index = ShardIndex.load(write_set("large", [1], images={0: large}))
+    seen = {}
+    for reduced in (True, False):
+        chosen = options.model_copy(update={"reduced_decode": reduced})
+        with TrainLoader(index, encoder, chosen, global_batch_size=1, seed=3, rank=0, world_size=1) as loader:
+            trained = next(loader).micro_batches[0].pixel_values
+        (evaluated,) = evaluation_steps(index, encoder, chosen, batch_size=1, rank=0, world_size=1)
+        seen[reduced] = trained, evaluated.micro_batches[0].pixel_values
+    assert not torch.equal(seen[True][0], seen[False][0])
+    assert (seen[True][0] - seen[False][0]).abs().mean() * 127.5 < 3  # of 255
+    assert torch.equal(seen[True][1], seen[False][1])
+
+
+def test_batches_are_pinned_where_a_gpu_is_in_use_and_only_there(make_loader, monkeypatch):
+    pinned = []
+    monkeypatch.setattr(PackedBatch, "pin_memory", lambda self: pinned.append(self.keys) or self)
+    take(make_loader(), 1)
+    assert pinned == []
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    (step,) = take(make_loader(num_workers=0), 1)
+    assert pinned == [batch.keys for batch in step.micro_batches]
 
 
 def test_every_batch_is_within_budget_and_no_sample_is_cut(make_loader, fifty, encoder, options):
@@ -342,20 +368,45 @@ def test_closing_ends_all_threads_also_in_the_middle_of_work(make_loader):
 
 
 def test_prefetching_is_bounded():
-    built = []
+    begun = []
 
-    def build(step, map_function):
-        built.append(step)
-        return step
+    def begin(step, map_function):
+        begun.append(step)
+        return lambda: step
 
-    stream = StepStream(build, num_steps=None, num_workers=1, prefetch_steps=3)
+    stream = StepStream(begin, num_steps=None, num_workers=1, prefetch_steps=3)
     try:
         assert next(stream) == 0
         deadline = time.monotonic() + 20
-        while len(built) < 3 and time.monotonic() < deadline:
+        while len(begun) < 3 and time.monotonic() < deadline:
             time.sleep(0.01)
         time.sleep(0.1)
-        assert built == [0, 1, 2]
+        assert begun == [0, 1, 2]
+    finally:
+        stream.close()
+
+
+def test_the_next_step_is_begun_before_this_one_is_finished_and_both_stay_in_order():
+    calls = []
+    second_begun = threading.Event()
+
+    def begin(step, map_function):
+        calls.append(("begin", step))
+        if step == 1:
+            second_begun.set()
+
+        def finish():
+            assert second_begun.wait(20)
+            calls.append(("finish", step))
+            return step
+
+        return finish
+
+    stream = StepStream(begin, num_steps=3, num_workers=1, prefetch_steps=2)
+    try:
+        assert list(stream) == [0, 1, 2]
+        for kind in ("begin", "finish"):
+            assert [step for name, step in calls if name == kind] == [0, 1, 2]
     finally:
         stream.close()
 

@@ -5,12 +5,12 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from samtrain.core.errors import DataError
 from samtrain.data import pixels as pixels_module
-from samtrain.data.decode import decode_image
-from samtrain.data.pixels import Augmentation, _random_crop, _reduced, _reduction, load_square, resize
+from samtrain.data.pixels import Augmentation, _random_crop, _reduction, load_square, resize
 
 
 def natural(width, height, seed=0):
@@ -34,14 +34,19 @@ def photograph():
     return jpeg(natural(900, 700))
 
 
+def in_rows(pixels):
+    """[3, H, W] uint8 as [H, W, 3] that can be subtracted."""
+    return pixels.permute(1, 2, 0).numpy().astype(int)
+
+
 def square(data, *, size=224, reduced=False, **augmented):
     augmentation = None
     if augmented:
         values = {"horizontal_flip": True, "seed": 1, "epoch": 0, "key": "k", "image_index": 0} | augmented
         augmentation = Augmentation(**values)
-    image = load_square(data, size=size, augmentation=augmentation, reduced=reduced, max_pixels=10**7, where="k")
-    assert image.mode == "RGB" and image.size == (size, size)
-    return np.asarray(image).astype(int)
+    seen = load_square(data, size=size, augmentation=augmentation, reduced=reduced, max_pixels=10**7, where="k")
+    assert seen.dtype == torch.uint8 and seen.shape == (3, size, size) and seen.is_contiguous()
+    return in_rows(seen)
 
 
 @pytest.fixture
@@ -61,7 +66,7 @@ def reductions(monkeypatch):
 def test_resizing_is_pils_bicubic_up_to_rounding(width_height):
     image = natural(*width_height)
     expected = np.asarray(image.resize((224, 224), Image.Resampling.BICUBIC)).astype(int)
-    difference = np.abs(resize(np.array(image), 224) - expected)
+    difference = np.abs(in_rows(resize(np.array(image), 224)) - expected)
     assert difference.max() <= 3 and difference.mean() < 0.25
 
 
@@ -77,7 +82,9 @@ def test_an_augmented_picture_is_the_crop_that_was_drawn_flipped_where_drawn(pho
         whole = image.convert("RGB")
     flips = set()
     for seed in range(6):
-        box, is_flipped = Augmentation(horizontal_flip=True, seed=seed, epoch=0, key="k", image_index=0).draw(900, 700)
+        box, is_flipped = Augmentation(horizontal_flip=True, seed=seed, epoch=0, key="k", image_index=0).draw(
+            900, 700, size=224
+        )
         expected = whole.crop(box).resize((224, 224), Image.Resampling.BICUBIC)
         if is_flipped:
             expected = expected.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
@@ -107,25 +114,30 @@ def test_extreme_shapes_have_a_crop_and_can_be_loaded(size):
 
 def test_half_of_the_pictures_are_flipped_and_none_when_forbidden():
     def flips(horizontal_flip):
-        draws = (Augmentation(horizontal_flip, seed, 0, "k", 0).draw(60, 40) for seed in range(200))
+        draws = (Augmentation(horizontal_flip, seed, 0, "k", 0).draw(60, 40, size=32) for seed in range(200))
         return sum(is_flipped for _, is_flipped in draws)
 
     assert 70 < flips(True) < 130  # 100 expected, 4 standard deviations
     assert flips(False) == 0
 
 
-def test_a_reduced_box_keeps_the_targets_pixels_and_stays_inside():
+def test_a_crop_lies_on_the_grid_of_its_reduction_and_keeps_the_targets_pixels():
     draw = random.Random(0)
-    for _ in range(3000):
+    reductions = set()
+    for seed in range(3000):
         width, height = draw.randint(1, 3000), draw.randint(1, 3000)
-        box = _random_crop(width, height, draw)
+        augmentation = Augmentation(horizontal_flip=False, seed=seed, epoch=0, key="k", image_index=0)
+        left, top, right, bottom = box = augmentation.draw(width, height, size=224)[0]
+        assert 0 <= left < right <= width and 0 <= top < bottom <= height
         reduction = _reduction(box, 224)
-        left, top, right, bottom = (_reduced(edge, reduction) for edge in box)
-        assert 0 <= left < right <= -(-width // reduction) and 0 <= top < bottom <= -(-height // reduction)
-        if reduction > 1:
-            assert min(right - left, bottom - top) >= 224
-        smaller = min(box[2] - box[0], box[3] - box[1])
+        reductions.add(reduction)
+        assert left % reduction == top % reduction == 0
+        assert right == width or right % reduction == 0
+        assert bottom == height or bottom % reduction == 0
+        smaller = min(right - left, bottom - top)
+        assert reduction * 224 <= smaller or reduction == 1
         assert reduction == 8 or smaller < 2 * reduction * 224, "the next reduction would have been allowed"
+    assert reductions == {1, 2, 4, 8}
 
 
 @pytest.mark.parametrize(("size", "expected"), [(700, 1), (350, 2), (175, 4), (87, 8), (10, 8)])
@@ -138,15 +150,9 @@ def test_the_reduction_follows_from_what_is_seen(photograph, reductions, size, e
 def test_reduced_decoding_differs_little_from_decoding_in_full(photograph):
     """Of 255, on content as fine as photographs get. JPEG itself moved these pictures by 2.5."""
     assert 0 < np.abs(square(photograph, reduced=True) - square(photograph)).mean() < 2.5
-    whole = np.array(decode_image(photograph, max_pixels=10**6, where="k"))
     for seed in range(8):
-        augmentation = Augmentation(horizontal_flip=False, seed=seed, epoch=0, key="k", image_index=0)
-        box, _ = augmentation.draw(900, 700)
-        left, top, right, bottom = (2 * _reduced(edge, 2) for edge in box)
-        assert max(abs(a - b) for a, b in zip(box, (left, top, right, bottom))) <= 1  # source pixels
-        expected = resize(whole[top:bottom, left:right], 224)
-        seen = square(photograph, reduced=True, horizontal_flip=False, seed=seed)
-        assert np.abs(seen - expected).mean() < 4.5  # the crop is little more than twice the target
+        difference = np.abs(square(photograph, reduced=True, seed=seed) - square(photograph, seed=seed))
+        assert 0 < difference.mean() < 4.5  # of a crop that is little more than twice the target
 
 
 def test_pictures_of_phones_are_cut_as_they_are_seen():

@@ -30,6 +30,7 @@ from samtrain.data.loader import TrainLoader, evaluation_steps
 from samtrain.data.mixture import MixedIndex, load_split
 from samtrain.data.options import RemoteOptions, SourceOptions
 from samtrain.data.preflight import largest_sample
+from samtrain.data.shards import build_index
 from samtrain.data.storage import Url, parse_location
 
 CACHE = 50 * 2**20
@@ -249,7 +250,7 @@ def test_extents_far_apart_are_not_read_over():
 
 
 def test_the_records_of_a_step_are_asked_for_at_once(load, server):
-    index, together = load(), threading.Barrier(reading.NUM_CONNECTIONS, timeout=20)
+    index, together = load(), threading.Barrier(reading.NUM_CONNECTIONS, timeout=60)
 
     def fault(request):
         if request.path.endswith(".tar"):
@@ -275,6 +276,21 @@ def test_no_more_is_fetched_ahead_than_memory_allows(load, server, monkeypatch):
     for i in range(1, 20):
         index.read_images(i, records[i])
     assert len(server.of_shards()) - before == 20
+
+
+def test_steps_that_overlap_keep_what_was_begun_and_steps_that_were_dropped_hold_no_memory(load, server):
+    index = load()
+    records = index.read_records(range(20))
+    index.prefetch_images(range(10))
+    index.prefetch_images(range(10, 20))  # the next step, begun before the first is finished
+    for i in range(20):
+        index.read_images(i, records[i])
+    assert max(request.number for request in server.of_shards()) == 0
+    assert not index._reader._ahead and index._reader._ahead_bytes == 0
+    index.prefetch_images(range(20, 30))  # never asked for
+    for _ in range(reading._KEPT_PLANS):
+        index.prefetch_images([])
+    assert not index._reader._ahead and index._reader._ahead_bytes == 0
 
 
 # Loaders.
@@ -416,6 +432,18 @@ def test_what_may_pass_is_tried_again(fifty, load, server, fault, monkeypatch):
     assert len(asked) == 2 * (times + 1)
 
 
+def test_a_short_answer_that_no_header_tells_of_is_tried_again(fifty, load, monkeypatch):
+    index, asked, fetch = load(), [], storage.Store._fetch
+
+    def short(*arguments):
+        asked.append(arguments)
+        return fetch(*arguments)[: -1 if len(asked) < 3 else None]
+
+    monkeypatch.setattr(storage.Store, "_fetch", short)
+    assert index.read_record(0) == fifty.read_record(0)
+    assert len(asked) == 3
+
+
 def test_retry_after_is_waited_for(load, server, monkeypatch):
     monkeypatch.setattr(storage, "_LONGEST_WAIT", 30.0)
     waited = []
@@ -467,7 +495,8 @@ def test_a_store_that_is_down_is_waited_for_once_and_not_for_each_sample(load, s
     assert len(server.of_shards()) - before == 3, late  # one attempt each from now on
     server.fault = lambda request: None
     assert index.read_record(0).key == index.entries[0].key  # it is back
-    server.fault = on(".tar", Fault(status=503), times=1)
+    once = [Fault(status=503)]
+    server.fault = lambda request: once.pop() if once else None
     assert index.read_record(30).key == index.entries[30].key  # and is given time again
 
 
@@ -529,6 +558,16 @@ def test_a_set_that_changed_is_never_mixed_with_what_the_cache_holds(fifty, writ
     index = load()
     assert index.digest == other.digest != fifty.digest
     assert everything(index) == everything(other) != before[:30]
+
+
+def test_a_set_whose_texts_alone_changed_is_not_read_from_the_cache(fifty, load):
+    before = everything(load())
+    for name in fifty.shards:
+        path = fifty.folder / name
+        path.write_bytes(path.read_bytes().replace(b"a red fox", b"a red cat"))  # all stays where it is
+    other = build_index(fifty.folder)
+    assert [entry.record for entry in other.entries] == [entry.record for entry in fifty.entries]
+    assert everything(load()) == everything(other) != before
 
 
 def test_the_samples_file_of_another_index_is_refused_and_not_kept(fifty, load):

@@ -55,6 +55,8 @@ def test_steps_follow_from_epochs_where_max_steps_is_not_set(tiny_recipe: Path) 
         ("data.train_split=trian", "has no split 'trian' .*it holds test, train, validation"),
         ("evaluation.splits=[absent]", "has no split 'absent'"),
         ("data.path=/nonexistent/data", "/nonexistent/data.*does not exist"),
+        ("data.path=pipe:cat", r"'pipe:cat': a set is a local folder .* https://"),
+        ("data.path=s3://me:secret@bucket/x", r"s3://\.\.\.@bucket: no credentials in a URL"),
         ("data.image_size=24", "data.image_size is 24"),
         ("model.tokenizer_name_or_path=null", "tokenizer_name_or_path is not set"),
         ("model.liger=true", "model.liger is true, but its kernels need a GPU"),

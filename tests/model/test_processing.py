@@ -97,6 +97,13 @@ def test_pixels_equal_those_of_the_saved_image_processor(make_processor: Any) ->
     assert (processor.pixel_values(image) - theirs).abs().max() < 1e-6
 
 
+def test_pixels_of_a_tensor_are_those_of_the_picture(make_processor: Any) -> None:
+    processor = make_processor()
+    pixels = np.random.default_rng(0).integers(0, 256, (8, 8, 3), dtype=np.uint8)
+    from_tensor = processor.pixel_values(torch.from_numpy(pixels).permute(2, 0, 1).contiguous())
+    assert from_tensor.is_contiguous() and torch.equal(from_tensor, processor.pixel_values(Image.fromarray(pixels)))
+
+
 def test_a_saved_processor_loads_through_auto_processor_and_encodes_alike(make_processor: Any, tmp_path: Path) -> None:
     processor = make_processor(
         image_layout="interleaved", max_instruction_tokens=7, max_output_tokens=4, max_text_tokens=6
