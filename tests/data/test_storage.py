@@ -23,8 +23,8 @@ import pytest
 import torch
 
 from samtrain.core.errors import ConfigError, DataError
+from samtrain.data import cache, reading, storage
 from samtrain.data import index as index_module
-from samtrain.data import reading, storage
 from samtrain.data.index import INDEX_FILE, SAMPLES_FILE, ShardError, ShardIndex, header_of
 from samtrain.data.loader import TrainLoader, evaluation_steps
 from samtrain.data.mixture import MixedIndex, load_split
@@ -249,17 +249,24 @@ def test_extents_far_apart_are_not_read_over():
     assert reading._runs(0, []) == []
 
 
-def test_the_records_of_a_step_are_asked_for_at_once(load, server):
-    index, together = load(), threading.Barrier(reading.NUM_CONNECTIONS, timeout=60)
+def test_the_records_of_a_step_are_asked_for_at_once(load, server, monkeypatch):
+    monkeypatch.setattr(cache, "_NUM_LOCKS", 16**8)  # of 1024, two of these keys often share one
+    index = load()
+    together = threading.Event()
+    waiting: set[Request] = set()
 
     def fault(request):
         if request.path.endswith(".tar"):
-            together.wait()  # answers nobody until all are there
+            waiting.add(request)
+            if len(waiting) == reading.NUM_CONNECTIONS:
+                together.set()
+            assert together.wait(timeout=60)  # answers nobody until all are there
 
     server.fault = fault
     records = index.read_records(range(2 * reading.NUM_CONNECTIONS))
     assert [record.key for record in records] == [entry.key for entry in index.entries[: len(records)]]
-    together.reset()
+    together.clear()
+    waiting.clear()
     index.prefetch_images(range(reading.NUM_CONNECTIONS))
     for i in range(reading.NUM_CONNECTIONS):  # one after another, and all were begun
         index.read_images(i, records[i])

@@ -47,13 +47,16 @@ def run_build(config: Path, overrides: list[str]) -> dict[str, Any]:
 
 def summary(report: dict[str, Any]) -> str:
     """The report in a few lines."""
+    from samtrain.data.mmlink.options import STAGES
+
     lines = ["complete already: nothing was to be done; this is how it was built"] if report["reused"] else []
     lines += [
         f"{'stage':>10} {'jobs':>7} {'found':>7} {'done':>7} {'rejected':>8} {'failed':>6} "
         f"{'seconds':>9} {'ms/item':>8} {'cpu ms':>8}"
     ]
-    for name, row in report["stages"].items():
-        times = [row[name] for name in ("work_seconds_per_item", "cpu_seconds_per_item")]
+    for name in (stage for stage in STAGES if stage in report["stages"]):
+        row = report["stages"][name]
+        times = [row[time] for time in ("work_seconds_per_item", "cpu_seconds_per_item")]
         lines.append(
             f"{name:>10} {row['jobs']:>7} {row['found']:>7} {row['done']:>7} {row['rejected']:>8} {row['failed']:>6} "
             f"{row['seconds']:>9.1f} " + " ".join(f"{'' if t is None else f'{1000 * t:.1f}':>8}" for t in times)
