@@ -11,6 +11,7 @@ import re
 import subprocess
 import sys
 import tempfile
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -79,7 +80,7 @@ def measure(kind: str) -> dict[str, Any]:
     found = run(model)
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder)
-        saved = (open(os.path.join(folder, "config.json")).read() + str(sorted(os.listdir(folder)))).lower()
+        saved = (Path(folder, "config.json").read_text() + str(sorted(os.listdir(folder)))).lower()
     states = [torch.randn(1, heads, 7, 16) for heads in (2, 1)]
     angles = torch.randn(1, 7, 8).repeat(1, 1, 2)
     rotated = own_rotary(*(s.clone() for s in states), angles.cos(), angles.sin())
@@ -101,8 +102,8 @@ def measure(kind: str) -> dict[str, Any]:
 @pytest.mark.parametrize("kind", sorted(CONFIGS))
 def test_kernels_compute_what_transformers_does_and_leave_no_trace(kind: str) -> None:
     pytest.importorskip("liger_kernel")
-    environment = os.environ | {"TRITON_INTERPRET": "1"}
-    done = subprocess.run([sys.executable, __file__, kind], capture_output=True, text=True, env=environment, check=False)
+    command, environment = [sys.executable, __file__, kind], os.environ | {"TRITON_INTERPRET": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     found = json.loads(done.stdout.splitlines()[-1])
     assert found["difference"] < 2e-6 * max(1.0, found["scale"])  # float32
