@@ -29,7 +29,7 @@ def check_language_model(language_model: nn.Module) -> None:
 
 
 def packed_attention(
-    cu_seqlens: Tensor, *, num_tokens: int, dtype: torch.dtype, attn_implementation: str
+    cu_seqlens: Tensor, *, max_seqlen: int | None, num_tokens: int, dtype: torch.dtype, attn_implementation: str
 ) -> dict[str, Any]:
     """Keyword arguments that keep every sample of a pack to itself, causal within.
 
@@ -39,16 +39,18 @@ def packed_attention(
 
     Args:
         cu_seqlens: [S+1] int32 on the model's device.
+        max_seqlen: tokens of the longest sample, for flash_attention_2; None: read from the device, which waits for it.
     """
     if attn_implementation == "flash_attention_2":
         cu_seqlens = cu_seqlens.to(torch.int32)
-        longest = int((cu_seqlens[1:] - cu_seqlens[:-1]).max())  # waits for the device; its kernel wants a number
+        if max_seqlen is None:
+            max_seqlen = int((cu_seqlens[1:] - cu_seqlens[:-1]).max())
         return {
             "attention_mask": None,
             "cu_seq_lens_q": cu_seqlens,
             "cu_seq_lens_k": cu_seqlens,
-            "max_length_q": longest,
-            "max_length_k": longest,
+            "max_length_q": max_seqlen,
+            "max_length_k": max_seqlen,
         }
     position = torch.arange(num_tokens, device=cu_seqlens.device)
     sample = torch.searchsorted(cu_seqlens[1:].long(), position, right=True)  # [T]
@@ -68,20 +70,22 @@ def padded_positions(attention_mask: Tensor) -> Tensor:
     return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
 
 
-def label_targets(labels: Tensor) -> tuple[Tensor, Tensor]:
+def label_targets(labels: Tensor, num_label_tokens: int | None = None) -> tuple[Tensor, Tensor]:
     """What to predict, and where.
 
     Args:
         labels: [B, T], aligned with the inputs (B = 1 for a pack).
+        num_label_tokens: how many labels of a pack count (B = 1); None: read from the device, which waits for it.
 
     Returns:
         columns: [C] int64, the positions whose *next* label counts in some row; at least one, so that lm_head is called
             on every rank. targets: [B, C], the labels to predict there (IGNORE_INDEX where a row has none).
     """
     following = torch.nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX)
-    columns = (following != IGNORE_INDEX).any(0).nonzero()[:, 0]  # waits for the device: call before the heavy work
-    if columns.numel() == 0:
-        columns = torch.zeros(1, dtype=torch.int64, device=labels.device)
+    counts = (following != IGNORE_INDEX).any(0)
+    if num_label_tokens is None:
+        num_label_tokens = int(counts.sum())
+    columns = counts.nonzero_static(size=max(1, num_label_tokens), fill_value=0)[:, 0]
     return columns, following[:, columns]
 
 
