@@ -87,11 +87,3 @@ def label_targets(labels: Tensor, num_label_tokens: int | None = None) -> tuple[
         num_label_tokens = int(counts.sum())
     columns = counts.nonzero_static(size=max(1, num_label_tokens), fill_value=0)[:, 0]
     return columns, following[:, columns]
-
-
-def summed_loss(logits: Tensor, targets: Tensor) -> Tensor:
-    """Next-token cross-entropy, float32 (or wider) sum over the targets that count; 0.0, connected, where none does."""
-    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    return torch.nn.functional.cross_entropy(
-        wide.flatten(0, 1), targets.flatten(), ignore_index=IGNORE_INDEX, reduction="sum"
-    )

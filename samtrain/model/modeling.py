@@ -32,8 +32,8 @@ from samtrain.model.language_model import (
     packed_attention,
     packed_positions,
     padded_positions,
-    summed_loss,
 )
+from samtrain.model.loss import summed_loss
 from samtrain.model.vision import build_vision_model, patch_features
 
 
