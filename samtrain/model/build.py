@@ -9,6 +9,7 @@ from transformers.initialization import no_init_weights
 
 from samtrain.core.parameters import Gather, no_gather
 from samtrain.core.seeds import derive_seed
+from samtrain.model.attention import choose_attention
 from samtrain.model.freezing import apply_freezing
 from samtrain.model.kernels import choose_kernels
 from samtrain.model.liger import apply_liger, choose_liger
@@ -38,7 +39,7 @@ def build_model(
     Args:
         construction: context in which modules are made (DeepSpeed's zero.Init under ZeRO-3).
         gather: makes partitioned parameters whole.
-        device_type: where the model will run; it decides `auto` of `model.kernels` and `model.liger`.
+        device_type: where the model will run; it decides `auto` of `model.attn_implementation`, `.kernels`, `.liger`.
 
     Raises:
         ConfigError, CheckpointError: naming the part and its source.
@@ -46,6 +47,9 @@ def build_model(
     config = build_config(options)
     kernels = choose_kernels(
         options.kernels, config.qformer_config, device_type=device_type, qformer_trains=options.train.qformer
+    )
+    config._attn_implementation = choose_attention(
+        options.attn_implementation, config.text_config, device_type=device_type
     )
     is_liger, liger = choose_liger(options.liger, config.text_config, device_type=device_type)
     size = getattr(config.vision_config, "image_size", None)

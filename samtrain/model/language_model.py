@@ -1,4 +1,5 @@
-"""Calls of the language model: packed samples stay isolated, logits exist only where a label needs them.
+"""Calls of the language model: positions of packed samples, logits only where a label needs them (`attention.py` keeps
+samples to themselves).
 
 Legend: B rows, T tokens, S samples of a pack, L labels that count, V vocabulary.
 
@@ -7,7 +8,6 @@ that scale or cap their logits stay right.
 """
 
 import inspect
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -26,37 +26,6 @@ def check_language_model(language_model: nn.Module) -> None:
                 f"{name} takes no `{needed}`, so samples cannot be packed; use a decoder-only model with position ids, "
                 "such as Llama, Qwen, OPT or GPT-2"
             )
-
-
-def packed_attention(
-    cu_seqlens: Tensor, *, max_seqlen: int | None, num_tokens: int, dtype: torch.dtype, attn_implementation: str
-) -> dict[str, Any]:
-    """Keyword arguments that keep every sample of a pack to itself, causal within.
-
-    eager, sdpa: an explicit block-diagonal mask. transformers' own detection by position_ids is not relied upon: with
-    an all-ones mask or a cache it leaks across samples silently.
-    flash_attention_2: its variable-length arguments (never run in this project's tests: they have no GPU).
-
-    Args:
-        cu_seqlens: [S+1] int32 on the model's device.
-        max_seqlen: tokens of the longest sample, for flash_attention_2; None: read from the device, which waits for it.
-    """
-    if attn_implementation == "flash_attention_2":
-        cu_seqlens = cu_seqlens.to(torch.int32)
-        if max_seqlen is None:
-            max_seqlen = int((cu_seqlens[1:] - cu_seqlens[:-1]).max())
-        return {
-            "attention_mask": None,
-            "cu_seq_lens_q": cu_seqlens,
-            "cu_seq_lens_k": cu_seqlens,
-            "max_length_q": max_seqlen,
-            "max_length_k": max_seqlen,
-        }
-    position = torch.arange(num_tokens, device=cu_seqlens.device)
-    sample = torch.searchsorted(cu_seqlens[1:].long(), position, right=True)  # [T]
-    visible = (sample[:, None] == sample) & (position[:, None] >= position)
-    mask = torch.zeros(num_tokens, num_tokens, dtype=dtype, device=visible.device)
-    return {"attention_mask": mask.masked_fill_(~visible, torch.finfo(dtype).min)[None, None]}
 
 
 def packed_positions(cu_seqlens: Tensor, num_tokens: int) -> Tensor:

@@ -22,6 +22,7 @@ from transformers.utils import ModelOutput
 
 from samtrain.core.batch import IGNORE_INDEX, ImageGroups
 from samtrain.core.errors import BatchError, ConfigError
+from samtrain.model.attention import packed_attention
 from samtrain.model.configuration import SamMllmConfig
 from samtrain.model.freezing import keep_frozen_parts_in_eval
 from samtrain.model.guidance import Guidance, extract_visual_tokens
@@ -29,7 +30,6 @@ from samtrain.model.kernels import choose_kernels
 from samtrain.model.language_model import (
     check_language_model,
     label_targets,
-    packed_attention,
     packed_positions,
     padded_positions,
 )
@@ -64,13 +64,14 @@ class SamMllmForConditionalGeneration(PreTrainedModel):
     supports_gradient_checkpointing = True
     _supports_sdpa = True
     _supports_flash_attn = True
+    _supports_flex_attn = True
     _supports_attention_backend = True
 
     def __init__(self, config: SamMllmConfig) -> None:
         super().__init__(config)
         for part in (config.vision_config, config.qformer_config):
-            if part._attn_implementation == "flash_attention_2":
-                # It takes no mask like the Q-Former's, and the tower gains nothing from it over PyTorch's own.
+            if part._attn_implementation in ("flash_attention_2", "flex_attention"):
+                # They take no mask like the Q-Former's, and the tower gains nothing from them over PyTorch's own.
                 part._attn_implementation = "sdpa"
         self.vision_model = build_vision_model(config.vision_config)
         self.query_tokens = nn.Parameter(torch.zeros(1, config.num_query_tokens, config.qformer_config.hidden_size))

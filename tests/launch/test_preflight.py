@@ -60,6 +60,7 @@ def test_steps_follow_from_epochs_where_max_steps_is_not_set(tiny_recipe: Path) 
         ("data.image_size=24", "data.image_size is 24"),
         ("model.tokenizer_name_or_path=null", "tokenizer_name_or_path is not set"),
         ("model.liger=true", "model.liger is true, but its kernels need a GPU"),
+        ("model.attn_implementation=flex_attention", "flex_attention, but it needs a GPU and this runs on cpu"),
         ("model.vision.config.hidden_sice=4", "hidden_sice"),
         ("train.resume_from_checkpoint=/nonexistent/checkpoint-3", "checkpoint-3"),
         ("model.train={guidance: false}", "nothing trains"),
@@ -91,6 +92,8 @@ def test_the_plan_says_which_kernels_run(
     rows = check(tiny_recipe, *overrides)
     assert rows["kernels"] == expected
     on_cpu, elsewhere = "off: its kernels need a GPU and this runs on cpu", "auto; decided where the workers run"
+    attention = "sdpa on cpu (model.attn_implementation: auto)"
+    assert rows["attention"] == (attention if "launch.device=cpu" in overrides else elsewhere)
     assert rows["liger"] == (on_cpu if "launch.device=cpu" in overrides else elsewhere)
 
 

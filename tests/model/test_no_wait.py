@@ -16,8 +16,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from samtrain.core.batch import GlobalStep, ImageGroups
 from samtrain.engine.step import ReducedCounts, StepCounts, run_step
+from samtrain.model.attention import packed_attention
 from samtrain.model.freezing import apply_freezing
-from samtrain.model.language_model import packed_attention
 from samtrain.model.lora import attach_lora
 from samtrain.model.options import LoraOptions, TrainablePartsOptions
 
@@ -155,6 +155,18 @@ def test_variable_length_arguments_are_numbers_of_the_host() -> None:
             borders, max_seqlen=5, num_tokens=9, dtype=torch.float32, attn_implementation="flash_attention_2"
         )
     assert not found and arguments["max_length_q"] == arguments["max_length_k"] == 5
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "flex_attention"])
+def test_masks_of_a_pack_are_made_on_the_device(attention: str) -> None:
+    borders = torch.tensor([0, 4, 9], dtype=torch.int32)
+    for device in ("cpu", "meta"):
+        on_device = borders.to(device)
+        with watched() as found:
+            packed_attention(
+                on_device, max_seqlen=None, num_tokens=9, dtype=torch.float32, attn_implementation=attention
+            )
+        assert not found
 
 
 def test_the_dummy_image_has_the_tables_the_host_would_build() -> None:
