@@ -10,6 +10,7 @@ from transformers.initialization import no_init_weights
 from samtrain.core.parameters import Gather, no_gather
 from samtrain.core.seeds import derive_seed
 from samtrain.model.attention import choose_attention
+from samtrain.model.compilation import choose_compile_vision, compile_layers
 from samtrain.model.freezing import apply_freezing
 from samtrain.model.kernels import choose_kernels
 from samtrain.model.liger import apply_liger, choose_liger
@@ -39,7 +40,8 @@ def build_model(
     Args:
         construction: context in which modules are made (DeepSpeed's zero.Init under ZeRO-3).
         gather: makes partitioned parameters whole.
-        device_type: where the model will run; it decides `auto` of `model.attn_implementation`, `.kernels`, `.liger`.
+        device_type: where the model will run; it decides what is `auto` in `model.attn_implementation`, `kernels`,
+            `liger` and `compile_vision`.
 
     Raises:
         ConfigError, CheckpointError: naming the part and its source.
@@ -52,6 +54,9 @@ def build_model(
         options.attn_implementation, config.text_config, device_type=device_type
     )
     is_liger, liger = choose_liger(options.liger, config.text_config, device_type=device_type)
+    compiles_vision, compile_vision = choose_compile_vision(
+        options.compile_vision, vision_trains=options.train.vision, device_type=device_type
+    )
     size = getattr(config.vision_config, "image_size", None)
     processor = build_processor(options, image_size=size if isinstance(size, int) else 224)
     config.image_token_id = processor.image_token_id
@@ -72,7 +77,9 @@ def build_model(
     apply_freezing(model, options.train)
     if is_liger:
         apply_liger(model.language_model)
-    model.kernels, model.liger = kernels, liger
+    if compiles_vision:
+        compile_layers(model.vision_model)
+    model.kernels, model.liger, model.compile_vision = kernels, liger, compile_vision
     return model.eval(), plan.report
 
 

@@ -79,7 +79,7 @@ class SamMllmForConditionalGeneration(PreTrainedModel):
         self.guidance = Guidance(config) if config.guidance_mode == "bidirectional" else None
         # Of this process, and no part of the configuration:
         self.kernels: Backend = "auto"
-        self.liger = "off"  # in words
+        self.liger = self.compile_vision = "off"  # in words
         self.language_projection = nn.Linear(config.qformer_config.hidden_size, config.text_config.hidden_size)
         self.language_model = AutoModelForCausalLM.from_config(config.text_config)
         check_language_model(self.language_model)

@@ -85,6 +85,7 @@ class ModelOptions(Options):
     kernels: how the W-Former reads its context; all compute the same function (`kernels.py`). `auto`: Triton on a GPU.
     attn_implementation: attention of the language model (`attention.py`); `auto`: on a GPU flash_attention_2 where
         flash-attn is installed, else flex_attention; on a CPU sdpa.
+    compile_vision: torch.compile of a frozen vision tower's layers; `auto`: on a GPU.
     liger: Liger's kernels for the language model's norms, rotary embedding and gated MLP; `auto`: on a GPU where
         liger-kernel is installed and knows the architecture.
     """
@@ -101,5 +102,6 @@ class ModelOptions(Options):
     attn_implementation: Literal["auto", "eager", "sdpa", "flash_attention_2", "flex_attention"] = "auto"
     kernels: Literal["auto", "triton", "reference", "materialised"] = "auto"
     liger: bool | Literal["auto"] = "auto"
+    compile_vision: bool | Literal["auto"] = "auto"
     max_instruction_tokens: int = Field(default=128, ge=1)  # cut on the left, image spans never
     max_output_tokens: int = Field(default=256, ge=2)  # answer + eos, cut on the right

@@ -94,6 +94,8 @@ def test_the_plan_says_which_kernels_run(
     on_cpu, elsewhere = "off: its kernels need a GPU and this runs on cpu", "auto; decided where the workers run"
     attention = "sdpa on cpu (model.attn_implementation: auto)"
     assert rows["attention"] == (attention if "launch.device=cpu" in overrides else elsewhere)
+    compiled = "off: auto compiles on a GPU and this runs on cpu"
+    assert rows["compiled vision"] == (compiled if "launch.device=cpu" in overrides else elsewhere)
     assert rows["liger"] == (on_cpu if "launch.device=cpu" in overrides else elsewhere)
 
 
