@@ -39,7 +39,7 @@ def compile_layers(tower: nn.Module, *, backend: str = "inductor") -> None:
 
     Parameters and their names stay, so nothing that is saved holds it.
     """
-    layers = [module for module in tower.modules() if isinstance(module, GradientCheckpointingLayer)]
+    layers: list[nn.Module] = [module for module in tower.modules() if isinstance(module, GradientCheckpointingLayer)]
     for module in layers or [tower]:
         compiled: Any = torch.compile(module.forward, dynamic=True, backend=backend)
         module.forward = compiled  # the hooks of the module itself stay outside

@@ -27,7 +27,8 @@ def run(tower: torch.nn.Module, num_images: int) -> torch.Tensor:
 def test_two_compilations_serve_every_layer_and_number_of_images(config: Any) -> None:
     tower = build_vision_model(config).eval().requires_grad_(False)
     names = list(tower.state_dict())
-    expected = {num_images: run(tower, num_images) for num_images in (5, 1, 2, 7)}
+    # 9 is no other size of these towers: PyTorch takes equal sizes for the same, and would compile once more.
+    expected = {num_images: run(tower, num_images) for num_images in (9, 1, 2, 7)}
     counter: Any = CompileCounter()
     compile_layers(tower, backend=counter)
     for num_images, features in expected.items():
