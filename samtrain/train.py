@@ -21,6 +21,7 @@ from samtrain.core.batch import GlobalStep
 from samtrain.core.errors import Terminated
 from samtrain.core.events import Emit, message
 from samtrain.core.files import atomic_write_json
+from samtrain.core.host_memory import return_freed_blocks
 from samtrain.core.log import configure_logging
 from samtrain.core.peak import peak_tflops
 from samtrain.core.seeds import derive_seed, seed_everything
@@ -75,6 +76,8 @@ def run_worker(recipe_yaml: str, *, emit: Emit) -> dict[str, Any]:
     device = _device(recipe)
     configure_logging(rank=int(os.environ.get("RANK", "0")))
     disable_progress_bar()  # of transformers: the launcher shows the run's own progress
+    if device.type == "cuda":
+        return_freed_blocks()
     zero.init_distributed(device, timeout_seconds=recipe.train.timeout_seconds)
     seed_everything(derive_seed(recipe.seed, "rank", distributed.rank()))
     return _Run(recipe, device=device, emit=emit).execute()

@@ -71,6 +71,9 @@ def run(job: Job) -> dict[str, Any]:
         import webdataset  # noqa: F401
     else:
         import samtrain.data.loader  # noqa: F401
+        from samtrain.core.host_memory import return_freed_blocks
+
+        return_freed_blocks()  # as a training process on a GPU does
     options = LoaderOptions(Path(job.folder), job.num_workers, job.batch_size, job.square, job.rank, job.world_size)
     begun = time.monotonic()
     loader = LOADERS[job.loader](options)
