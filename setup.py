@@ -63,6 +63,7 @@ setup(
             "ruff",
             "mypy",
             "types-PyYAML",
+            "liger-kernel>=0.8.5",
             "triton; sys_platform == 'linux'",
             "wids",
             "s3fs",

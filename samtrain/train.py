@@ -143,7 +143,8 @@ class _Run:
             device_type=self.device.type,
         )
         self._say_parts(model, report)
-        self.config, self.kernels = model.config, model.kernels
+        self.config, self.kernels, self.liger = model.config, model.kernels, model.liger
+        self.compile_vision, self.attention = model.compile_vision, model.language_model.config._attn_implementation
         if recipe.train.gradient_checkpointing:
             model.gradient_checkpointing_enable()
         self.counts = trainable_counts(model)
@@ -158,6 +159,9 @@ class _Run:
             for part, (trainable, total) in trainable_counts(model).items()
         ]
         rows.append(["kernels", f"{model.kernels} (model.kernels: {self.recipe.model.kernels})"])
+        attention = model.language_model.config._attn_implementation
+        rows.append(["attention", f"{attention} (model.attn_implementation: {self.recipe.model.attn_implementation})"])
+        rows += [["liger", model.liger], ["compiled vision", model.compile_vision]]
         self.emit({"kind": "plan", "title": "parts", "rows": rows + report.summary()})
 
     def _resume(self, checkpointer: Checkpointer) -> TrainState:
@@ -198,6 +202,7 @@ class _Run:
         self.tracker.log_params({f"versions/{name}": version for name, version in versions().items()})
         self.tracker.set_tags({"samtrain.commit": git_commit(), "samtrain.output_dir": str(self.output_dir)})
         run = {"world_size": engine.world_size, "device": str(self.device), "kernels": self.kernels}
+        run |= {"attention": self.attention, "liger": self.liger, "compile_vision": self.compile_vision}
         self.tracker.log_params(run)
         self.tracker.log_text(recipe.to_yaml(), "recipe.yaml")
         for source in sources_of(self.index).values():

@@ -155,7 +155,7 @@ def _labels_known(loop: Loop, mode: FakeTensorMode) -> Iterator[None]:
     rows = [batch["labels"] if isinstance(batch, dict) else batch.labels[None] for batch in loop.batches]
     found = iter([original(labels) for labels in rows])
 
-    def known(labels: Tensor) -> tuple[Tensor, Tensor]:
+    def known(labels: Tensor, num_label_tokens: int | None = None) -> tuple[Tensor, Tensor]:
         columns, targets = next(found)
         return mode.from_tensor(columns), mode.from_tensor(targets)
 

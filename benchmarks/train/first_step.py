@@ -69,13 +69,12 @@ def run(
     import torch
 
     from benchmarks.train.loops import OurLoop, Setting
-    from benchmarks.train.models import construct_ours
+    from benchmarks.train.models import choose_fast_parts, construct_ours
     from benchmarks.train.samples import draw_step
     from benchmarks.train.shapes import SHAPES, trains
     from samtrain.core.parameters import no_gather
     from samtrain.model.build import initialise
     from samtrain.model.freezing import apply_freezing
-    from samtrain.model.kernels import choose_kernels
     from samtrain.model.lora import attach_lora
     from samtrain.model.options import ModelOptions
     from samtrain.model.pretrained import load_weights, plan_weights
@@ -83,7 +82,7 @@ def run(
     stages["imports"] = time.time()
     setting = Setting(SHAPES[shape], train, getattr(torch, dtype), torch.device(device), checkpointing)  # type: ignore[arg-type]
     options = trains(setting.train, guided=True)
-    model = construct_ours(setting.shape, guided=True, dtype=setting.dtype, device=setting.device)
+    model = construct_ours(setting.shape, guided=True, dtype=setting.dtype, device=setting.device, runs_on=device)
     plan = plan_weights(model, ModelOptions(model_name_or_path=weights))
     initialise(model, seed=0, loaded=set(plan.readers), gather=no_gather)
     stages["construction"] = time.time()
@@ -92,9 +91,7 @@ def run(
         with setting.device:
             attach_lora(model, options.lora)
     apply_freezing(model, options)
-    model.kernels = choose_kernels(
-        "auto", model.config.qformer_config, device_type=device, qformer_trains=options.qformer
-    )
+    choose_fast_parts(model, options, device_type=device)
     if checkpointing:
         model.gradient_checkpointing_enable()
     _wait(device)

@@ -6,18 +6,22 @@ one, and are equal without being copied.
 
 import math
 from collections.abc import Callable, Iterator
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
-from transformers import InstructBlipForConditionalGeneration, PreTrainedModel
+from transformers import InstructBlipForConditionalGeneration, LlamaConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 
 from benchmarks.train.shapes import ModelShape, Train, trains
 from samtrain.core.seeds import derive_seed
+from samtrain.model.attention import choose_attention
+from samtrain.model.compilation import choose_compile_vision, compile_layers
 from samtrain.model.freezing import apply_freezing
 from samtrain.model.kernels import choose_kernels
+from samtrain.model.liger import apply_liger, choose_liger
 from samtrain.model.modeling import SamMllmForConditionalGeneration
+from samtrain.model.options import TrainablePartsOptions
 
 Model = TypeVar("Model", bound=PreTrainedModel)
 EMBEDDINGS = ("embed_tokens", "word_embeddings", "position_embedding", "class_embedding", "query_tokens")
@@ -30,7 +34,6 @@ def build_ours(
     guided: bool = True,
     dtype: torch.dtype,
     device: torch.device,
-    attention: str = "sdpa",
     like: nn.Module | None = None,
 ) -> SamMllmForConditionalGeneration:
     """Our model in train mode, its frozen parts in eval.
@@ -39,23 +42,46 @@ def build_ours(
         like: a model whose memory the weights of the same names share; None: random ones are drawn (none on meta).
     """
     place = torch.device("meta") if like is not None else device
-    model = construct_ours(shape, guided=guided, dtype=dtype, device=place, attention=attention)
-    config, options = model.config, trains(train, guided=guided)
+    model = construct_ours(shape, guided=guided, dtype=dtype, device=place, runs_on=device.type)
+    options = trains(train, guided=guided)
     if options.language_model == "lora":
         _attach_lora(model, train, device, is_empty=like is not None)
     fill(model, like=like)
     apply_freezing(model, options)
-    kernels_on = "cpu" if device.type == "meta" else device.type
-    model.kernels = choose_kernels(
-        "auto", config.qformer_config, device_type=kernels_on, qformer_trains=options.qformer
-    )
+    choose_fast_parts(model, options, device_type=device.type)
     return model.train()
 
 
+def choose_fast_parts(model: Any, options: TrainablePartsOptions, *, device_type: str) -> None:
+    """Everything that a run leaves to `auto`, as `samtrain.model.build` decides it for this device."""
+    config = model.config
+    model.kernels = choose_kernels(
+        "auto", config.qformer_config, device_type=_real(device_type), qformer_trains=options.qformer
+    )
+    is_liger, model.liger = choose_liger("auto", config.text_config, device_type=_real(device_type))
+    if is_liger:
+        apply_liger(model.language_model)
+    is_compiled, model.compile_vision = choose_compile_vision(
+        "auto", vision_trains=options.vision, device_type=_real(device_type)
+    )
+    if is_compiled:
+        compile_layers(model.vision_model)
+
+
+def _real(device_type: str) -> str:
+    return "cpu" if device_type == "meta" else device_type
+
+
 def construct_ours(
-    shape: ModelShape, *, guided: bool, dtype: torch.dtype, device: torch.device, attention: str = "sdpa"
+    shape: ModelShape, *, guided: bool, dtype: torch.dtype, device: torch.device, runs_on: str = "cpu"
 ) -> SamMllmForConditionalGeneration:
-    """Our model with whatever its memory holds; on the meta device it has none."""
+    """Our model with whatever its memory holds; on the meta device it has none.
+
+    Args:
+        runs_on: type of the device that will run it; it decides the attention.
+    """
+    text_config: Any = LlamaConfig(**shape.text)
+    attention = choose_attention("auto", text_config, device_type=_real(runs_on))
     config = shape.config(guided=guided, attention=attention)
     for part in (config, config.vision_config, config.qformer_config, config.text_config):
         part.dtype = dtype

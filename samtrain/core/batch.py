@@ -53,6 +53,19 @@ class ImageGroups:
         cu_images = torch.nn.functional.pad(torch.cumsum(n, 0), (1, 0)).to(torch.int32)
         return ImageGroups(group_of_image, slot_of_image, images, valid, cu_images)
 
+    @staticmethod
+    def of_one_image(num_groups: int, *, device: torch.device) -> "ImageGroups":
+        """Tables of a single image, the first sample's; made on `device`, so that no copy waits for it."""
+        sample = torch.arange(num_groups + 1, device=device)
+        none = torch.zeros(1, dtype=torch.int64, device=device)
+        return ImageGroups(
+            group_of_image=none,
+            slot_of_image=none,
+            images_of_group=torch.zeros_like(sample[1:, None]),
+            valid=sample[:-1, None] == 0,
+            cu_images=(sample > 0).to(torch.int32),
+        )
+
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> "ImageGroups":
         return ImageGroups(*(getattr(self, f.name).to(device, non_blocking=non_blocking) for f in fields(self)))
 
@@ -72,6 +85,7 @@ class PackedBatch:
     image_token_id, num_query_tokens: how image spans are written in input_ids.
     keys: the S sample keys, in pack order. An empty pack (see `is_empty`) has none.
     num_label_tokens: number of labels that count in the loss.
+    max_seqlen: tokens of the longest sample; follows from cu_seqlens where the batch is made.
     """
 
     input_ids: Tensor
@@ -86,6 +100,12 @@ class PackedBatch:
     num_query_tokens: int
     keys: tuple[str, ...]
     num_label_tokens: int
+    max_seqlen: int = 0
+
+    def __post_init__(self) -> None:
+        if self.max_seqlen == 0:  # later copies, on a device, are told
+            lengths = (b - a for a, b in pairwise(self.cu_seqlens.tolist()))
+            object.__setattr__(self, "max_seqlen", max(lengths, default=0))
 
     @property
     def is_empty(self) -> bool:
@@ -125,6 +145,8 @@ class PackedBatch:
             "labels": self.labels,
             "position_ids": self.position_ids,
             "cu_seqlens": self.cu_seqlens,
+            "max_seqlen": self.max_seqlen,
+            "num_label_tokens": self.num_label_tokens,
             "pixel_values": self.pixel_values,
             "image_groups": self.image_groups,
             "qformer_input_ids": self.qformer_input_ids,

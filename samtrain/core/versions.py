@@ -6,7 +6,19 @@ import platform
 import subprocess
 from pathlib import Path
 
-PACKAGES = ("torch", "deepspeed", "transformers", "triton", "flash-attn", "peft", "webdataset", "ray", "mlflow", "timm")
+PACKAGES = (
+    "torch",
+    "deepspeed",
+    "transformers",
+    "triton",
+    "flash-attn",
+    "liger-kernel",
+    "peft",
+    "webdataset",
+    "ray",
+    "mlflow",
+    "timm",
+)
 
 
 def versions() -> dict[str, str]:

@@ -63,4 +63,5 @@ class HostCopy:
             except RuntimeError as error:
                 self._is_pinned = False
                 logger.warning("checkpoints are copied to ordinary host memory, slower: %s", str(error).split("\n")[0])
-        return torch.empty(numel, dtype=torch.float32)
+        # Written once, so that the pages are there before training and not in the first save.
+        return torch.empty(numel, dtype=torch.float32).zero_()

@@ -42,7 +42,10 @@ class ReducedCounts:
     """A step's counts, summed over ranks: on the device for the loss, on the host for who asks after the step."""
 
     def __init__(self, mine: StepCounts, *, device: torch.device) -> None:
-        total = all_reduce_sum(torch.tensor(astuple(mine), dtype=torch.int64, device=device))
+        host = torch.tensor(astuple(mine), dtype=torch.int64)
+        if device.type == "cuda":
+            host = host.pin_memory()  # from ordinary memory PyTorch's copy would wait for all that is queued
+        total = all_reduce_sum(host.to(device, non_blocking=True))
         self.label_tokens: Tensor = total[0]  # the first field of StepCounts
         self._event: torch.cuda.Event | None = None
         if device.type == "cuda":
@@ -93,7 +96,8 @@ def run_step(
 ) -> StepResult:
     """Forward, backward and update on `step`; fillers run too, so that all ranks make the same calls.
 
-    Nothing waits for the device here except DeepSpeed's own check of the gradient norm.
+    Nothing waits for the device here except DeepSpeed's own check of the gradient norm, and then the counts, which have
+    arrived by then.
 
     Raises:
         TrainingError: the gradient norm is not finite, on every rank alike; the update was not applied.

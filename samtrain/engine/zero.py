@@ -267,6 +267,9 @@ def initialize(
     config = deepspeed_config(options, device=device)
     if any(not hasattr(parameter, "ds_id") for parameter in module.parameters()):
         deepspeed.zero.Init(module=module, config_dict_or_path=config, dtype=DTYPES[options.precision])
+    for submodule in module.modules():
+        if getattr(submodule, "is_gathered_whole", False):  # a compiled one: no hooks inside it
+            deepspeed.utils.set_z3_leaf_module(submodule, True)
     frozen = [parameter for _, parameter in _named_parameters(module, trainable=False)]
     # With offload: all, parameters live on the host, and only a partition is worth keeping there.
     is_replicated = (

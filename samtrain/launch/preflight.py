@@ -42,7 +42,7 @@ def preflight(recipe: Recipe, *, where: str, emit: Emit, is_here: bool = True) -
     """
     output = resolve_output_dir(recipe)
     parameters = _parameters(recipe)
-    kernels = _kernels(recipe, is_here=is_here)
+    choices = _choices(recipe, is_here=is_here)
     disk = _disk_row(recipe, output, parameters)
     _build_data(recipe, emit=emit)
     data_rows, steps_per_epoch = _data_rows(recipe)
@@ -54,7 +54,7 @@ def preflight(recipe: Recipe, *, where: str, emit: Emit, is_here: bool = True) -
         ["steps", f"{recipe.total_steps(steps_per_epoch)} of {train.global_batch_size} samples, {train.precision}"],
         *data_rows,
         *_parameter_rows(parameters),
-        ["kernels", kernels],
+        *choices,
         disk,
         _host_memory_row(recipe, parameters),
     ]
@@ -95,23 +95,41 @@ def _parameter_rows(parameters: dict[str, tuple[int, int]]) -> list[list[str]]:
     return [*rows, ["all parts", f"{_count(total)} parameters, {_count(trainable)} train"]]
 
 
-def _kernels(recipe: Recipe, *, is_here: bool) -> str:
-    """What `model.kernels` comes to; only the workers know where they are elsewhere, or have GPUs that are not here.
+def _choices(recipe: Recipe, *, is_here: bool) -> list[list[str]]:
+    """What the keys come to that depend on the device; only the workers know where they are elsewhere, or have GPUs
+    that are not here.
 
     Raises:
-        ConfigError: the kernels asked for cannot run where the run would.
+        ConfigError: what is asked for cannot run where the run would.
     """
     from samtrain.launch.devices import device_type, local_gpus
+    from samtrain.model.attention import choose_attention
+    from samtrain.model.compilation import choose_compile_vision
     from samtrain.model.kernels import choose_kernels
+    from samtrain.model.liger import choose_liger
     from samtrain.model.parts import build_config
 
-    asked, device = recipe.model.kernels, recipe.launch.device
+    model, device = recipe.model, recipe.launch.device
     if device != "cpu" and (not is_here or (device == "cuda" and local_gpus() < recipe.launch.num_workers)):
-        return f"{asked}; decided where the workers run"
+        asked = {"kernels": model.kernels, "attention": model.attn_implementation, "liger": model.liger}
+        asked["compiled vision"] = model.compile_vision
+        return [[name, f"{str(value).lower()}; decided where the workers run"] for name, value in asked.items()]
     device = device_type(recipe, num_gpus=local_gpus())
-    qformer, trains = build_config(recipe.model).qformer_config, recipe.model.train.qformer
-    chosen = choose_kernels(asked, qformer, device_type=device, qformer_trains=trains)
-    return f"{chosen} on {device} (model.kernels: {asked})"
+    config = build_config(model)
+    chosen = choose_kernels(
+        model.kernels, config.qformer_config, device_type=device, qformer_trains=model.train.qformer
+    )
+    attention = choose_attention(model.attn_implementation, config.text_config, device_type=device)
+    _, compile_vision = choose_compile_vision(
+        model.compile_vision, vision_trains=model.train.vision, device_type=device
+    )
+    _, liger = choose_liger(model.liger, config.text_config, device_type=device)
+    return [
+        ["kernels", f"{chosen} on {device} (model.kernels: {model.kernels})"],
+        ["attention", f"{attention} on {device} (model.attn_implementation: {model.attn_implementation})"],
+        ["liger", liger],
+        ["compiled vision", compile_vision],
+    ]
 
 
 def _count(number: int) -> str:

@@ -9,8 +9,11 @@ from transformers.initialization import no_init_weights
 
 from samtrain.core.parameters import Gather, no_gather
 from samtrain.core.seeds import derive_seed
+from samtrain.model.attention import choose_attention
+from samtrain.model.compilation import choose_compile_vision, compile_layers
 from samtrain.model.freezing import apply_freezing
 from samtrain.model.kernels import choose_kernels
+from samtrain.model.liger import apply_liger, choose_liger
 from samtrain.model.lora import attach_lora
 from samtrain.model.modeling import SamMllmForConditionalGeneration
 from samtrain.model.options import ModelOptions
@@ -37,7 +40,8 @@ def build_model(
     Args:
         construction: context in which modules are made (DeepSpeed's zero.Init under ZeRO-3).
         gather: makes partitioned parameters whole.
-        device_type: where the model will run; it decides `model.kernels: auto`.
+        device_type: where the model will run; it decides what is `auto` in `model.attn_implementation`, `kernels`,
+            `liger` and `compile_vision`.
 
     Raises:
         ConfigError, CheckpointError: naming the part and its source.
@@ -45,6 +49,13 @@ def build_model(
     config = build_config(options)
     kernels = choose_kernels(
         options.kernels, config.qformer_config, device_type=device_type, qformer_trains=options.train.qformer
+    )
+    config._attn_implementation = choose_attention(
+        options.attn_implementation, config.text_config, device_type=device_type
+    )
+    is_liger, liger = choose_liger(options.liger, config.text_config, device_type=device_type)
+    compiles_vision, compile_vision = choose_compile_vision(
+        options.compile_vision, vision_trains=options.train.vision, device_type=device_type
     )
     size = getattr(config.vision_config, "image_size", None)
     processor = build_processor(options, image_size=size if isinstance(size, int) else 224)
@@ -64,7 +75,11 @@ def build_model(
             torch.manual_seed(derive_seed(seed, "lora"))
             attach_lora(model, options.train.lora)
     apply_freezing(model, options.train)
-    model.kernels = kernels
+    if is_liger:
+        apply_liger(model.language_model)
+    if compiles_vision:
+        compile_layers(model.vision_model)
+    model.kernels, model.liger, model.compile_vision = kernels, liger, compile_vision
     return model.eval(), plan.report
 
 

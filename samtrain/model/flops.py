@@ -9,6 +9,7 @@ The vision tower and the LLM are counted by running transformers' own modules on
 counter; the two-stream Q-Former by formula, from the same structure as guidance.py.
 """
 
+import copy
 from dataclasses import dataclass
 from typing import Any
 
@@ -134,7 +135,8 @@ def _count_vision(config: Any, image_size: int) -> tuple[float, int]:
 def _count_language_model(config: Any) -> tuple[float, float]:
     """Forward operations of the decoder without its head: per token, and per pair of tokens (causal: half)."""
     with torch.device("meta"), no_init_weights():
-        decoder = AutoModel.from_config(config).eval()
+        # Whatever attention training runs, this one is counted; the configuration is a copy, which it is written to.
+        decoder = AutoModel.from_config(copy.deepcopy(config), attn_implementation="eager").eval()
     width = config.hidden_size
 
     def count(num_tokens: int) -> float:

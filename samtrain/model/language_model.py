@@ -1,4 +1,5 @@
-"""Calls of the language model: packed samples stay isolated, logits exist only where a label needs them.
+"""Calls of the language model: positions of packed samples, logits only where a label needs them (`attention.py` keeps
+samples to themselves).
 
 Legend: B rows, T tokens, S samples of a pack, L labels that count, V vocabulary.
 
@@ -7,7 +8,6 @@ that scale or cap their logits stay right.
 """
 
 import inspect
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -28,35 +28,6 @@ def check_language_model(language_model: nn.Module) -> None:
             )
 
 
-def packed_attention(
-    cu_seqlens: Tensor, *, num_tokens: int, dtype: torch.dtype, attn_implementation: str
-) -> dict[str, Any]:
-    """Keyword arguments that keep every sample of a pack to itself, causal within.
-
-    eager, sdpa: an explicit block-diagonal mask. transformers' own detection by position_ids is not relied upon: with
-    an all-ones mask or a cache it leaks across samples silently.
-    flash_attention_2: its variable-length arguments (never run in this project's tests: they have no GPU).
-
-    Args:
-        cu_seqlens: [S+1] int32 on the model's device.
-    """
-    if attn_implementation == "flash_attention_2":
-        cu_seqlens = cu_seqlens.to(torch.int32)
-        longest = int((cu_seqlens[1:] - cu_seqlens[:-1]).max())  # waits for the device; its kernel wants a number
-        return {
-            "attention_mask": None,
-            "cu_seq_lens_q": cu_seqlens,
-            "cu_seq_lens_k": cu_seqlens,
-            "max_length_q": longest,
-            "max_length_k": longest,
-        }
-    position = torch.arange(num_tokens, device=cu_seqlens.device)
-    sample = torch.searchsorted(cu_seqlens[1:].long(), position, right=True)  # [T]
-    visible = (sample[:, None] == sample) & (position[:, None] >= position)
-    mask = torch.zeros(num_tokens, num_tokens, dtype=dtype, device=visible.device)
-    return {"attention_mask": mask.masked_fill_(~visible, torch.finfo(dtype).min)[None, None]}
-
-
 def packed_positions(cu_seqlens: Tensor, num_tokens: int) -> Tensor:
     """[T] int64: positions that start again at 0 with every sample."""
     position = torch.arange(num_tokens, device=cu_seqlens.device)
@@ -68,26 +39,20 @@ def padded_positions(attention_mask: Tensor) -> Tensor:
     return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
 
 
-def label_targets(labels: Tensor) -> tuple[Tensor, Tensor]:
+def label_targets(labels: Tensor, num_label_tokens: int | None = None) -> tuple[Tensor, Tensor]:
     """What to predict, and where.
 
     Args:
         labels: [B, T], aligned with the inputs (B = 1 for a pack).
+        num_label_tokens: how many labels of a pack count (B = 1); None: read from the device, which waits for it.
 
     Returns:
         columns: [C] int64, the positions whose *next* label counts in some row; at least one, so that lm_head is called
             on every rank. targets: [B, C], the labels to predict there (IGNORE_INDEX where a row has none).
     """
     following = torch.nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX)
-    columns = (following != IGNORE_INDEX).any(0).nonzero()[:, 0]  # waits for the device: call before the heavy work
-    if columns.numel() == 0:
-        columns = torch.zeros(1, dtype=torch.int64, device=labels.device)
+    counts = (following != IGNORE_INDEX).any(0)
+    if num_label_tokens is None:
+        num_label_tokens = int(counts.sum())
+    columns = counts.nonzero_static(size=max(1, num_label_tokens), fill_value=0)[:, 0]
     return columns, following[:, columns]
-
-
-def summed_loss(logits: Tensor, targets: Tensor) -> Tensor:
-    """Next-token cross-entropy, float32 (or wider) sum over the targets that count; 0.0, connected, where none does."""
-    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    return torch.nn.functional.cross_entropy(
-        wide.flatten(0, 1), targets.flatten(), ignore_index=IGNORE_INDEX, reduction="sum"
-    )

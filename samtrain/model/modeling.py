@@ -22,6 +22,7 @@ from transformers.utils import ModelOutput
 
 from samtrain.core.batch import IGNORE_INDEX, ImageGroups
 from samtrain.core.errors import BatchError, ConfigError
+from samtrain.model.attention import packed_attention
 from samtrain.model.configuration import SamMllmConfig
 from samtrain.model.freezing import keep_frozen_parts_in_eval
 from samtrain.model.guidance import Guidance, extract_visual_tokens
@@ -29,11 +30,10 @@ from samtrain.model.kernels import choose_kernels
 from samtrain.model.language_model import (
     check_language_model,
     label_targets,
-    packed_attention,
     packed_positions,
     padded_positions,
-    summed_loss,
 )
+from samtrain.model.loss import summed_loss
 from samtrain.model.vision import build_vision_model, patch_features
 
 
@@ -64,19 +64,22 @@ class SamMllmForConditionalGeneration(PreTrainedModel):
     supports_gradient_checkpointing = True
     _supports_sdpa = True
     _supports_flash_attn = True
+    _supports_flex_attn = True
     _supports_attention_backend = True
 
     def __init__(self, config: SamMllmConfig) -> None:
         super().__init__(config)
         for part in (config.vision_config, config.qformer_config):
-            if part._attn_implementation == "flash_attention_2":
-                # It takes no mask like the Q-Former's, and the tower gains nothing from it over PyTorch's own.
+            if part._attn_implementation in ("flash_attention_2", "flex_attention"):
+                # They take no mask like the Q-Former's, and the tower gains nothing from them over PyTorch's own.
                 part._attn_implementation = "sdpa"
         self.vision_model = build_vision_model(config.vision_config)
         self.query_tokens = nn.Parameter(torch.zeros(1, config.num_query_tokens, config.qformer_config.hidden_size))
         self.qformer = InstructBlipQFormerModel._from_config(config.qformer_config)
         self.guidance = Guidance(config) if config.guidance_mode == "bidirectional" else None
-        self.kernels: Backend = "auto"  # of this process, and no part of the configuration
+        # Of this process, and no part of the configuration:
+        self.kernels: Backend = "auto"
+        self.liger = self.compile_vision = "off"  # in words
         self.language_projection = nn.Linear(config.qformer_config.hidden_size, config.text_config.hidden_size)
         self.language_model = AutoModelForCausalLM.from_config(config.text_config)
         check_language_model(self.language_model)
@@ -130,7 +133,9 @@ class SamMllmForConditionalGeneration(PreTrainedModel):
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
+        max_seqlen: int | None = None,
         labels: Tensor | None = None,
+        num_label_tokens: int | None = None,
         pixel_values: Tensor | None = None,
         image_groups: ImageGroups | None = None,
         qformer_input_ids: Tensor | None = None,
@@ -144,6 +149,8 @@ class SamMllmForConditionalGeneration(PreTrainedModel):
             input_ids: packed [T] with cu_seqlens [S+1], or padded [B, T] with attention_mask [B, T] (default: ones).
                 Every image has num_query_tokens places of image_token_id, in the order of pixel_values.
             position_ids: [T] or [B, T]; default: from cu_seqlens or attention_mask.
+            max_seqlen, num_label_tokens: tokens of a pack's longest sample, and labels of a pack that count; without
+                these numbers the host waits for the device to know them.
             labels: like input_ids, aligned with them; IGNORE_INDEX does not count.
             pixel_values: [I, 3, H, W]; I = 0 (or None) runs a dummy image that touches nothing.
             image_groups: which image belongs to which sample (or row); required where there are images.
@@ -157,21 +164,22 @@ class SamMllmForConditionalGeneration(PreTrainedModel):
         is_packed = input_ids.ndim == 1
         if is_packed and cu_seqlens is None:
             raise BatchError("packed input_ids [T] need cu_seqlens [S+1]; padded ones have two dimensions [B, T]")
-        columns, targets = (None, None) if labels is None else label_targets(_rows(labels))
+        columns, targets = (None, None) if labels is None else label_targets(_rows(labels), num_label_tokens)
         input_ids = _rows(input_ids)
         num_samples = input_ids.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+        num_images = 0 if pixel_values is None else pixel_values.shape[0]  # without the dummy
         groups, pixel_values, qformer_input_ids, qformer_attention_mask = self._vision_inputs(
             num_samples, pixel_values, image_groups, qformer_input_ids, qformer_attention_mask
         )
         if not is_packed:
             self._check_image_tokens(input_ids, groups)
         query_outputs = self.encode_images(pixel_values, groups, qformer_input_ids, qformer_attention_mask)
-        inputs_embeds = self._embed(input_ids, self.language_projection(query_outputs))
+        inputs_embeds = self._embed(input_ids, self.language_projection(query_outputs), num_images=num_images)
         output = SamMllmOutput(query_outputs=query_outputs, inputs_embeds=inputs_embeds)
         if embeddings_only:
             return output
 
-        attention = self._attention(input_ids, inputs_embeds.dtype, attention_mask, cu_seqlens)
+        attention = self._attention(input_ids, inputs_embeds.dtype, attention_mask, cu_seqlens, max_seqlen)
         if position_ids is None:
             if cu_seqlens is not None:
                 position_ids = packed_positions(cu_seqlens, input_ids.shape[1])
@@ -274,7 +282,7 @@ class SamMllmForConditionalGeneration(PreTrainedModel):
             size = getattr(self.config.vision_config, "image_size", None) or 224
             shape = (1, 3, *(size if isinstance(size, list | tuple) else (size, size)))
             pixel_values = torch.zeros(shape, device=device)
-            groups = ImageGroups.from_counts([1] + [0] * (num_samples - 1))
+            groups = ImageGroups.of_one_image(num_samples, device=device)
         elif groups is None:
             raise BatchError(f"{pixel_values.shape[0]} images without image_groups: which sample has which images?")
         if text_ids is None or text_ids.shape[1] == 0:
@@ -307,20 +315,33 @@ class SamMllmForConditionalGeneration(PreTrainedModel):
             raise ConfigError("the model's config has no image_token_id; take it from its processor")
         return input_ids.eq(self.config.image_token_id)
 
-    def _embed(self, input_ids: Tensor, visual_tokens: Tensor) -> Tensor:
-        """[B, T, E]: text embeddings, image places filled with visual tokens [I, Q, E] in order."""
+    def _embed(self, input_ids: Tensor, visual_tokens: Tensor, *, num_images: int) -> Tensor:
+        """[B, T, E]: text embeddings, image places filled with visual tokens [I, Q, E] in order.
+
+        `num_images` of these have places: all, or none of the dummy's. There are as many places as their tokens, which
+        is checked before, so nothing has to be counted on the device.
+        """
         is_image = self._is_image(input_ids)
         # The image token may lie beyond the vocabulary (its embedding is never read), so another one stands in for it.
         embeddings = self.get_input_embeddings()(input_ids.masked_fill(is_image, 0))
-        return embeddings.masked_scatter(is_image[:, :, None], visual_tokens.to(embeddings.dtype))
+        visual_tokens = visual_tokens[:num_images].flatten(0, 1).to(embeddings.dtype)  # [I * Q, E]
+        # Not masked_scatter: its backward selects by mask, for which the host waits.
+        places = is_image.flatten().nonzero_static(size=visual_tokens.shape[0])[:, 0]
+        return embeddings.flatten(0, 1).index_copy(0, places, visual_tokens).view_as(embeddings)
 
     def _attention(
-        self, input_ids: Tensor, dtype: torch.dtype, attention_mask: Tensor | None, cu_seqlens: Tensor | None
+        self,
+        input_ids: Tensor,
+        dtype: torch.dtype,
+        attention_mask: Tensor | None,
+        cu_seqlens: Tensor | None,
+        max_seqlen: int | None,
     ) -> dict[str, Any]:
         if cu_seqlens is None:
             return {"attention_mask": _mask_or_ones(attention_mask, input_ids)}
         return packed_attention(
             cu_seqlens,
+            max_seqlen=max_seqlen,
             num_tokens=input_ids.shape[1],
             dtype=dtype,
             attn_implementation=self.language_model.config._attn_implementation,

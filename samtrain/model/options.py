@@ -83,6 +83,11 @@ class ModelOptions(Options):
         name); its parts are loaded by name, and the parts below then only override.
     image_layout: `prefix` (all images first, as the authors do) or `interleaved` (`<image>` placeholders).
     kernels: how the W-Former reads its context; all compute the same function (`kernels.py`). `auto`: Triton on a GPU.
+    attn_implementation: attention of the language model (`attention.py`); `auto`: on a GPU flash_attention_2 where
+        flash-attn is installed, else flex_attention; on a CPU sdpa.
+    compile_vision: torch.compile of a frozen vision tower's layers; `auto`: on a GPU.
+    liger: Liger's kernels for the language model's norms, rotary embedding and gated MLP; `auto`: on a GPU where
+        liger-kernel is installed and knows the architecture.
     """
 
     model_name_or_path: str | None = None
@@ -94,7 +99,9 @@ class ModelOptions(Options):
     guidance: GuidanceOptions = GuidanceOptions()
     image_layout: Literal["prefix", "interleaved"] = "prefix"
     train: TrainablePartsOptions = TrainablePartsOptions()
-    attn_implementation: Literal["eager", "sdpa", "flash_attention_2"] = "sdpa"
+    attn_implementation: Literal["auto", "eager", "sdpa", "flash_attention_2", "flex_attention"] = "auto"
     kernels: Literal["auto", "triton", "reference", "materialised"] = "auto"
+    liger: bool | Literal["auto"] = "auto"
+    compile_vision: bool | Literal["auto"] = "auto"
     max_instruction_tokens: int = Field(default=128, ge=1)  # cut on the left, image spans never
     max_output_tokens: int = Field(default=256, ge=2)  # answer + eos, cut on the right

@@ -22,6 +22,8 @@ _CLIP_STD = [0.26862954, 0.26130258, 0.27577711]
 def build_config(options: ModelOptions) -> SamMllmConfig:
     """The model's configuration: each part from its own source, else from the whole model's, else from `config`.
 
+    Choices that depend on the device are not in it.
+
     Raises:
         ConfigError: a part has no source, an unknown key, or parts do not fit together.
     """
@@ -41,7 +43,7 @@ def build_config(options: ModelOptions) -> SamMllmConfig:
     if base is not None and not options.qformer.model_name_or_path:
         num_query_tokens = base.num_query_tokens
     guidance = options.guidance
-    config = SamMllmConfig(
+    return SamMllmConfig(
         vision_config=vision,
         qformer_config=qformer,
         text_config=text,
@@ -54,8 +56,6 @@ def build_config(options: ModelOptions) -> SamMllmConfig:
         max_images=guidance.max_images,
         image_layout=options.image_layout,
     )
-    config._attn_implementation = options.attn_implementation
-    return config
 
 
 def build_processor(options: ModelOptions, *, image_size: int) -> SamMllmProcessor:

@@ -35,6 +35,7 @@ ONLY_IN: dict[str, set[str]] = {
     "deepspeed": {"samtrain/engine/zero.py"},
     "fsspec": {"samtrain/data/storage.py"},
     "aiohttp": {"samtrain/data/storage.py"},
+    "liger_kernel": {"samtrain/model/liger.py"},
     "ray": {"samtrain/launch/ray_backend.py", "samtrain/data/mmlink/ray_data.py"},
     "mlflow": {"samtrain/tracking/mlflow_tracker.py"},
 }

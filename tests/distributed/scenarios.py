@@ -342,13 +342,15 @@ def oracle(*, total_steps=4, frozen=(), **changes):
     return {"losses": losses, "norms": norms, "weights": {n: p.tolist() for n, p in model.named_parameters()}}
 
 
-def multimodal(*, output_dir, trained, zero_options, kernels, total_steps=2):
+def multimodal(*, output_dir, trained, zero_options, kernels, compiles_vision, total_steps=2):
     """The real model, tiny, checkpointed: its losses by the engine, with `kernels`, and by plain torch, without."""
+    from torch._dynamo.testing import CompileCounter
     from transformers import InstructBlipQFormerConfig, InstructBlipVisionConfig, LlamaConfig
 
     from samtrain.engine import zero
     from samtrain.engine.step import run_step
     from samtrain.model import SamMllmConfig, SamMllmForConditionalGeneration
+    from samtrain.model.compilation import compile_layers
     from samtrain.model.freezing import apply_freezing, part_of
     from samtrain.model.options import TrainablePartsOptions
 
@@ -391,6 +393,9 @@ def multimodal(*, output_dir, trained, zero_options, kernels, total_steps=2):
         losses.append(float(loss))
 
     model, layer_calls = build(kernels), []
+    compilations = CompileCounter()
+    if compiles_vision:
+        compile_layers(model.vision_model, backend=compilations)
     # Layer 1 (1-based) reads images and comes before k: the kernels' path goes around its forward.
     model.qformer.encoder.layer[0].register_forward_pre_hook(lambda *_: layer_calls.append(1))
     groups = build_parameter_groups(model.named_parameters(), chosen, part_of)
@@ -407,6 +412,7 @@ def multimodal(*, output_dir, trained, zero_options, kernels, total_steps=2):
         if weight is not None:
             difference = max(difference, float((weight - expected).abs().max()))
     counts = {"gathered": gathers["elements"], "layer_calls": len(layer_calls)}
+    counts["compilations"] = compilations.frame_count
     return {"plain": losses, "engine": found, "weight_difference": difference, **counts}
 
 

@@ -59,6 +59,8 @@ def test_steps_follow_from_epochs_where_max_steps_is_not_set(tiny_recipe: Path) 
         ("data.path=s3://me:secret@bucket/x", r"s3://\.\.\.@bucket: no credentials in a URL"),
         ("data.image_size=24", "data.image_size is 24"),
         ("model.tokenizer_name_or_path=null", "tokenizer_name_or_path is not set"),
+        ("model.liger=true", "model.liger is true, but its kernels need a GPU"),
+        ("model.attn_implementation=flex_attention", "flex_attention, but it needs a GPU and this runs on cpu"),
         ("model.vision.config.hidden_sice=4", "hidden_sice"),
         ("train.resume_from_checkpoint=/nonexistent/checkpoint-3", "checkpoint-3"),
         ("model.train={guidance: false}", "nothing trains"),
@@ -87,7 +89,14 @@ def test_the_plan_says_which_kernels_run(
 ) -> None:
     """The tiny Q-Former has attention dropout, which the materialised path alone has: where it trains, nothing else."""
     monkeypatch.setattr("samtrain.launch.devices.local_gpus", lambda: 0)
-    assert check(tiny_recipe, *overrides)["kernels"] == expected
+    rows = check(tiny_recipe, *overrides)
+    assert rows["kernels"] == expected
+    on_cpu, elsewhere = "off: its kernels need a GPU and this runs on cpu", "auto; decided where the workers run"
+    attention = "sdpa on cpu (model.attn_implementation: auto)"
+    assert rows["attention"] == (attention if "launch.device=cpu" in overrides else elsewhere)
+    compiled = "off: auto compiles on a GPU and this runs on cpu"
+    assert rows["compiled vision"] == (compiled if "launch.device=cpu" in overrides else elsewhere)
+    assert rows["liger"] == (on_cpu if "launch.device=cpu" in overrides else elsewhere)
 
 
 def test_elsewhere_the_workers_decide_on_kernels(tiny_recipe: Path) -> None:
