@@ -43,11 +43,10 @@ from samtrain.engine.watchdog import Watchdog
 from samtrain.evaluation.evaluator import EvaluationResult, evaluate_splits
 from samtrain.evaluation.metrics import Scores
 from samtrain.generation.export import export_folder, load_exported
-from samtrain.model.build import LoadReport, build_model, build_processor
+from samtrain.model.build import BuiltModel, build_model, build_processor
 from samtrain.model.flops import FlopCounter
 from samtrain.model.freezing import part_of, trainable_counts
 from samtrain.model.lora import merged_for_export
-from samtrain.model.modeling import SamMllmForConditionalGeneration
 from samtrain.recipe import Recipe, parse_recipe
 from samtrain.tracking.curves import curves_figure
 from samtrain.tracking.jsonl import FILE_NAME, JsonlLog, read_rows
@@ -134,7 +133,7 @@ class _Run:
 
     def _build_engine(self) -> zero.Engine:
         recipe = self.recipe
-        model, report = build_model(
+        built = build_model(
             recipe.model,
             dtype=zero.DTYPES[recipe.train.precision],
             seed=recipe.seed,
@@ -142,27 +141,23 @@ class _Run:
             gather=zero.gathered,
             device_type=self.device.type,
         )
-        self._say_parts(model, report)
-        self.config, self.kernels, self.liger = model.config, model.kernels, model.liger
-        self.compile_vision, self.attention = model.compile_vision, model.language_model.config._attn_implementation
+        self._say_parts(built)
+        model, self.config, self.choices = built.model, built.model.config, built.choices
         if recipe.train.gradient_checkpointing:
             model.gradient_checkpointing_enable()
         self.counts = trainable_counts(model)
         groups = build_parameter_groups(model.named_parameters(), recipe.train, part_of)
         return zero.initialize(model, options=recipe.train, parameter_groups=groups, device=self.device)
 
-    def _say_parts(self, model: SamMllmForConditionalGeneration, report: LoadReport) -> None:
+    def _say_parts(self, built: BuiltModel) -> None:
         if not self.is_main:
             return
         rows = [
             [part, f"{trainable:,} of {total:,} parameters train"]
-            for part, (trainable, total) in trainable_counts(model).items()
+            for part, (trainable, total) in trainable_counts(built.model).items()
         ]
-        rows.append(["kernels", f"{model.kernels} (model.kernels: {self.recipe.model.kernels})"])
-        attention = model.language_model.config._attn_implementation
-        rows.append(["attention", f"{attention} (model.attn_implementation: {self.recipe.model.attn_implementation})"])
-        rows += [["liger", model.liger], ["compiled vision", model.compile_vision]]
-        self.emit({"kind": "plan", "title": "parts", "rows": rows + report.summary()})
+        rows += built.choices.rows(self.recipe.model) + built.report.summary()
+        self.emit({"kind": "plan", "title": "parts", "rows": rows})
 
     def _resume(self, checkpointer: Checkpointer) -> TrainState:
         path = find_resume(self.output_dir, self.recipe.train.resume_from_checkpoint)
@@ -201,9 +196,8 @@ class _Run:
             self.tracker.log_params({f"parameters/{part}/trainable": trainable, f"parameters/{part}/total": total})
         self.tracker.log_params({f"versions/{name}": version for name, version in versions().items()})
         self.tracker.set_tags({"samtrain.commit": git_commit(), "samtrain.output_dir": str(self.output_dir)})
-        run = {"world_size": engine.world_size, "device": str(self.device), "kernels": self.kernels}
-        run |= {"attention": self.attention, "liger": self.liger, "compile_vision": self.compile_vision}
-        self.tracker.log_params(run)
+        run = {"world_size": engine.world_size, "device": str(self.device)}
+        self.tracker.log_params(run | self.choices.to_dict())
         self.tracker.log_text(recipe.to_yaml(), "recipe.yaml")
         for source in sources_of(self.index).values():
             name, path = "/".join(source.folder.parts[-2:]), str(source.folder)

@@ -103,10 +103,7 @@ def _choices(recipe: Recipe, *, is_here: bool) -> list[list[str]]:
         ConfigError: what is asked for cannot run where the run would.
     """
     from samtrain.launch.devices import device_type, local_gpus
-    from samtrain.model.attention import choose_attention
-    from samtrain.model.compilation import choose_compile_vision
-    from samtrain.model.kernels import choose_kernels
-    from samtrain.model.liger import choose_liger
+    from samtrain.model.device_choices import choose_for_device
     from samtrain.model.parts import build_config
 
     model, device = recipe.model, recipe.launch.device
@@ -115,21 +112,7 @@ def _choices(recipe: Recipe, *, is_here: bool) -> list[list[str]]:
         asked["compiled vision"] = model.compile_vision
         return [[name, f"{str(value).lower()}; decided where the workers run"] for name, value in asked.items()]
     device = device_type(recipe, num_gpus=local_gpus())
-    config = build_config(model)
-    chosen = choose_kernels(
-        model.kernels, config.qformer_config, device_type=device, qformer_trains=model.train.qformer
-    )
-    attention = choose_attention(model.attn_implementation, config.text_config, device_type=device)
-    _, compile_vision = choose_compile_vision(
-        model.compile_vision, vision_trains=model.train.vision, device_type=device
-    )
-    _, liger = choose_liger(model.liger, config.text_config, device_type=device)
-    return [
-        ["kernels", f"{chosen} on {device} (model.kernels: {model.kernels})"],
-        ["attention", f"{attention} on {device} (model.attn_implementation: {model.attn_implementation})"],
-        ["liger", liger],
-        ["compiled vision", compile_vision],
-    ]
+    return choose_for_device(model, build_config(model), device_type=device).rows(model)
 
 
 def _count(number: int) -> str:

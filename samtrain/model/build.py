@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import NamedTuple
 
 import torch
 from transformers import PreTrainedModel
@@ -9,18 +10,23 @@ from transformers.initialization import no_init_weights
 
 from samtrain.core.parameters import Gather, no_gather
 from samtrain.core.seeds import derive_seed
-from samtrain.model.attention import choose_attention
-from samtrain.model.compilation import choose_compile_vision, compile_layers
+from samtrain.model.device_choices import DeviceChoices, choose_for_device
 from samtrain.model.freezing import apply_freezing
-from samtrain.model.kernels import choose_kernels
-from samtrain.model.liger import apply_liger, choose_liger
 from samtrain.model.lora import attach_lora
 from samtrain.model.modeling import SamMllmForConditionalGeneration
 from samtrain.model.options import ModelOptions
 from samtrain.model.parts import build_config, build_processor
 from samtrain.model.pretrained import LoadReport, load_weights, plan_weights
 
-__all__ = ["LoadReport", "build_model", "build_processor"]
+__all__ = ["BuiltModel", "LoadReport", "build_model", "build_processor"]
+
+
+class BuiltModel(NamedTuple):
+    """report: where weights came from. choices: what runs on this device."""
+
+    model: SamMllmForConditionalGeneration
+    report: LoadReport
+    choices: DeviceChoices
 
 
 def build_model(
@@ -31,8 +37,8 @@ def build_model(
     construction: Callable[[], AbstractContextManager[object]] = nullcontext,
     gather: Gather = no_gather,
     device_type: str = "cpu",
-) -> tuple[SamMllmForConditionalGeneration, LoadReport]:
-    """The model of a recipe, and a report of where its weights came from.
+) -> BuiltModel:
+    """The model of a recipe, with a report of where its weights came from.
 
     What no source gives is drawn from (seed, module name): equal for any number of ranks, partitioned or not, and
     whatever else is loaded. The random state of the process is left as it was.
@@ -47,16 +53,8 @@ def build_model(
         ConfigError, CheckpointError: naming the part and its source.
     """
     config = build_config(options)
-    kernels = choose_kernels(
-        options.kernels, config.qformer_config, device_type=device_type, qformer_trains=options.train.qformer
-    )
-    config._attn_implementation = choose_attention(
-        options.attn_implementation, config.text_config, device_type=device_type
-    )
-    is_liger, liger = choose_liger(options.liger, config.text_config, device_type=device_type)
-    compiles_vision, compile_vision = choose_compile_vision(
-        options.compile_vision, vision_trains=options.train.vision, device_type=device_type
-    )
+    choices = choose_for_device(options, config, device_type=device_type)
+    config._attn_implementation = choices.attention
     size = getattr(config.vision_config, "image_size", None)
     processor = build_processor(options, image_size=size if isinstance(size, int) else 224)
     config.image_token_id = processor.image_token_id
@@ -75,12 +73,8 @@ def build_model(
             torch.manual_seed(derive_seed(seed, "lora"))
             attach_lora(model, options.train.lora)
     apply_freezing(model, options.train)
-    if is_liger:
-        apply_liger(model.language_model)
-    if compiles_vision:
-        compile_layers(model.vision_model)
-    model.kernels, model.liger, model.compile_vision = kernels, liger, compile_vision
-    return model.eval(), plan.report
+    choices.apply(model)
+    return BuiltModel(model.eval(), plan.report, choices)
 
 
 @torch.no_grad()

@@ -77,9 +77,7 @@ class SamMllmForConditionalGeneration(PreTrainedModel):
         self.query_tokens = nn.Parameter(torch.zeros(1, config.num_query_tokens, config.qformer_config.hidden_size))
         self.qformer = InstructBlipQFormerModel._from_config(config.qformer_config)
         self.guidance = Guidance(config) if config.guidance_mode == "bidirectional" else None
-        # Of this process, and no part of the configuration:
-        self.kernels: Backend = "auto"
-        self.liger = self.compile_vision = "off"  # in words
+        self.kernels: Backend = "auto"  # of this process, and no part of the configuration
         self.language_projection = nn.Linear(config.qformer_config.hidden_size, config.text_config.hidden_size)
         self.language_model = AutoModelForCausalLM.from_config(config.text_config)
         check_language_model(self.language_model)

@@ -37,7 +37,7 @@ def test_parameters_are_counted_from_shapes_exactly(tiny_recipe: Path) -> None:
         recipe = load_recipe(tiny_recipe, overrides)
         import torch
 
-        model, _ = build_model(recipe.model, dtype=torch.float32, seed=0)
+        model = build_model(recipe.model, dtype=torch.float32, seed=0).model
         assert _parameters(recipe) == trainable_counts(model)
 
 

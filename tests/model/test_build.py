@@ -47,7 +47,8 @@ def whole(folder: Path, tokenizers: dict[str, str]) -> ModelOptions:
 
 
 def build(opts: ModelOptions, *, seed: int = 7, **kwargs: Any) -> Any:
-    return build_model(opts, dtype=torch.float32, seed=seed, **kwargs)
+    built = build_model(opts, dtype=torch.float32, seed=seed, **kwargs)
+    return built.model, built.report
 
 
 @pytest.fixture
@@ -217,7 +218,7 @@ def test_everything_is_written_through_gather(instructblip: Path, tokenizer_fold
 
 def test_lora_and_dtype_and_attention_follow_the_options(tokenizer_folders: Any) -> None:
     opts = options(tokenizer_folders, train={"language_model": "lora"}, attn_implementation="eager")
-    model, _ = build_model(opts, dtype=torch.bfloat16, seed=1)
+    model = build_model(opts, dtype=torch.bfloat16, seed=1).model
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
     trained = {n for n, p in model.named_parameters() if p.requires_grad}
     assert {part_of(n) for n in trained} == {"guidance", "language_model"}
@@ -226,7 +227,7 @@ def test_lora_and_dtype_and_attention_follow_the_options(tokenizer_folders: Any)
 
 
 def test_kernels_are_decided_once_and_never_saved(tokenizer_folders: Any, tmp_path: Path) -> None:
-    model, _ = build_model(options(tokenizer_folders, kernels="reference"), dtype=torch.float32, seed=1)
+    model = build_model(options(tokenizer_folders, kernels="reference"), dtype=torch.float32, seed=1).model
     assert model.kernels == "reference"
     model.save_pretrained(tmp_path)
     assert "kernels" not in (tmp_path / "config.json").read_text()

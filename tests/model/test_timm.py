@@ -55,7 +55,7 @@ def test_a_timm_checkpoint_is_loaded_trains_and_is_saved_with_the_model(
     opts = options(tokenizer_folders, tmp_path / "tower")
     processor = build_processor(opts, image_size=SIZE)
     assert tuple(processor.image_processor.image_mean) == theirs.pretrained_cfg["mean"]
-    model, report = build_model(opts, dtype=torch.float32, seed=7)
+    model, report, _ = build_model(opts, dtype=torch.float32, seed=7)
     vision = report.parts["vision"]
     assert not vision.missing and all("head" in n or "fc" in n.split(".") for n in vision.unexpected)
 
