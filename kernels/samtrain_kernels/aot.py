@@ -6,13 +6,13 @@ spills, shared memory and whether the tensor cores are used. It cannot tell spee
 Not for the interpreter: run it in a process without TRITON_INTERPRET.
 """
 
-import ast
 import hashlib
 import importlib
 import inspect
 import re
 import subprocess
 import tempfile
+import tokenize
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -26,6 +26,8 @@ from samtrain_kernels.settings import CONTEXT_KERNELS, KernelSetting, PatchSetti
 
 SHARED_MEMORY_LIMIT = {(8, 0): 163 * 1024, (9, 0): 227 * 1024}
 """Bytes one block may use, by compute capability (CUDA C programming guide, compute capabilities)."""
+
+_NO_CODE = (tokenize.COMMENT, tokenize.NL)
 
 
 @dataclass(frozen=True)
@@ -138,11 +140,15 @@ def compile_case(case: AotCase, *, capability: tuple[int, int], head_dim: int | 
 
 
 def source_digest(kernel: str) -> str:
-    """Changes with the code of the kernel's module, not with its comments: tells an old table from a fresh one."""
+    """Changes with the code of the kernel's module, not with its comments: tells an old table from a fresh one.
+
+    Of tokens, which every Python reads alike; `ast.dump` differs from version to version.
+    """
     path = kernel_module(kernel).__file__
     assert path is not None
-    tree = ast.parse(Path(path).read_text(encoding="utf-8"))
-    return hashlib.sha256(ast.dump(tree).encode()).hexdigest()[:16]
+    with tokenize.open(path) as file:
+        kept = [t.string for t in tokenize.generate_tokens(file.readline) if t.type not in _NO_CODE]
+    return hashlib.sha256("".join(kept).encode()).hexdigest()[:16]
 
 
 def kernel_module(kernel: str) -> ModuleType:
