@@ -68,6 +68,11 @@ STAGES = (
         "golden-fp32", ("-m", "benchmarks.golden_loss", "--device", "cuda", "--record"), 300,
         "training agrees with the CPU's, step by step",
     ),
+    _train(
+        "train-7b-frozen-parts", "7b", "frozen",
+        "--peer", "ours_dense,ours_no_liger,ours_eager_vision,ours_materialised",
+        why="what each part of ours gains: kept or dropped",
+    ),
     Stage("tune", ("-m", "benchmarks.tune"), 560, "tile sizes of this GPU; every setting checked"),
     _train("train-13b-frozen", "13b", "frozen", why="the second aim"),
     _train("train-7b-lora", "7b", "lora", why="the third aim"),

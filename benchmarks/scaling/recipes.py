@@ -78,7 +78,7 @@ class Workload:
     def __init__(self, recipe: Recipe, *, text: Text, seed: int = 0) -> None:
         self.recipe, self.text, self.seed = recipe, text, seed
         self._drawn: dict[tuple[int, int, int], list[list[RankWork]]] = {}
-        config = recipe.shape.config(guided=True, attention="sdpa")
+        config = recipe.shape.config(guided=True)
         self._counter = FlopCounter(config, trains(recipe.train, guided=True), image_size=recipe.shape.image_size)
 
     def rounds(self, *, samples: int, world_size: int, packs: int = 1) -> list[list[RankWork]]:

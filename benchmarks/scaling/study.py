@@ -188,7 +188,7 @@ def stops_at(rows: Sequence[dict[str, Any]]) -> int | None:
 
 def activations(recipe: Recipe, tokens: int) -> float:
     """Bytes that a micro-batch of so many LLM tokens keeps for its backward pass."""
-    text = recipe.shape.config(guided=True, attention="sdpa").text_config
+    text = recipe.shape.config(guided=True).text_config
     layer = float(ACTIVATION_BYTES * text.hidden_size * tokens)
     if not recipe.checkpointing:
         return layer * text.num_hidden_layers

@@ -90,9 +90,14 @@ def main(
             report.write(out, header, tables)  # after every table: a later one may break
     print(out.with_suffix(".txt").read_text(), end="")
     say(f"wrote {out} and {out.with_suffix('.txt')}")
-    wrong = [f"{t['shape']} {t['train']}: {r['label']}" for t in tables for r in t["rows"] if r["match"] == "FAIL"]
+    wrong = [
+        f"{t['shape']} {t['train']}: {r['label']}"
+        for t in tables
+        for r in t["rows"]
+        if r["match"] in ("FAIL", "error") or r.get("status") == "error"
+    ]
     if wrong:
-        say("rows that failed the gate: " + "; ".join(wrong))
+        say("rows that failed: " + "; ".join(wrong))
         raise typer.Exit(1)
 
 

@@ -22,8 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
 from benchmarks.kernels.counts import Watch
-from benchmarks.train.loops import Loop, Row, Setting
-from benchmarks.train.models import build_ours
+from benchmarks.train.loops import Loop, Row, Setting, make_ours
 from benchmarks.train.samples import StepData
 
 
@@ -80,15 +79,14 @@ def count_step(row: Row, setting: Setting, data: StepData) -> StepCounts:
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
     # Modules are made without memory first: PEFT moves its layers about, which fake parameters refuse.
-    empty = replace(setting, device=torch.device("meta"))
+    empty = replace(setting, made_on=torch.device("meta"))
     like = None
     if row.name not in ("ours", "ours_zero"):
-        like = build_ours(setting.shape, train=setting.train, dtype=setting.dtype, device=empty.device)
+        like = make_ours(empty, data, None).module
     loop = row.make(empty, data, like)
-    loop.setting = setting
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     with mode:
-        _make_fake(loop.module, setting.device)
+        make_fake(loop.module, setting.device)
         loop.activate()
     weights = _storage_bytes(loop.module.parameters())
     optimizer = loop.engine.optimizer.num_bytes()
@@ -116,7 +114,7 @@ def count_step(row: Row, setting: Setting, data: StepData) -> StepCounts:
     )
 
 
-def _make_fake(module: nn.Module, device: torch.device) -> None:
+def make_fake(module: nn.Module, device: torch.device) -> None:
     """Fake tensors on `device` in place of all parameters and buffers, tied ones once."""
     made: dict[int, Tensor] = {}
 

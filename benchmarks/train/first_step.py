@@ -69,7 +69,7 @@ def run(
     import torch
 
     from benchmarks.train.loops import OurLoop, Setting
-    from benchmarks.train.models import choose_fast_parts, construct_ours
+    from benchmarks.train.models import choices_for, construct_ours
     from benchmarks.train.samples import draw_step
     from benchmarks.train.shapes import SHAPES, trains
     from samtrain.core.parameters import no_gather
@@ -82,7 +82,10 @@ def run(
     stages["imports"] = time.time()
     setting = Setting(SHAPES[shape], train, getattr(torch, dtype), torch.device(device), checkpointing)  # type: ignore[arg-type]
     options = trains(setting.train, guided=True)
-    model = construct_ours(setting.shape, guided=True, dtype=setting.dtype, device=setting.device, runs_on=device)
+    choices = choices_for(setting.shape, train=setting.train, guided=True, runs_on=device)
+    model = construct_ours(
+        setting.shape, guided=True, dtype=setting.dtype, device=setting.device, attention=choices.attention
+    )
     plan = plan_weights(model, ModelOptions(model_name_or_path=weights))
     initialise(model, seed=0, loaded=set(plan.readers), gather=no_gather)
     stages["construction"] = time.time()
@@ -91,7 +94,7 @@ def run(
         with setting.device:
             attach_lora(model, options.lora)
     apply_freezing(model, options)
-    choose_fast_parts(model, options, device_type=device)
+    choices.apply(model)
     if checkpointing:
         model.gradient_checkpointing_enable()
     _wait(device)

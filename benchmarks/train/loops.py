@@ -9,8 +9,9 @@ Legend: S samples, N images of a sample, Q query tokens, T tokens of the longest
 
 import functools
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, Literal
 
 import torch
@@ -38,6 +39,11 @@ class Setting:
     dtype: torch.dtype
     device: torch.device
     checkpointing: bool = False
+    made_on: torch.device | None = None  # where modules are made, if not there: on meta they have no memory
+
+    @property
+    def place(self) -> torch.device:
+        return self.made_on or self.device
 
     @property
     def options(self) -> TrainOptions:
@@ -269,26 +275,32 @@ def pin(batch: Batch) -> Batch:
 # The rows of a table: name -> how it is made. `like` is ours, whose weights all share.
 
 
-def make_ours(setting: Setting, data: StepData, like: nn.Module | None, *, guided: bool = True) -> Loop:
+def make_ours(
+    setting: Setting, data: StepData, like: nn.Module | None, *, guided: bool = True, **asked: Any
+) -> OurLoop:
+    return OurLoop(setting, data, _our_model(setting, like, guided=guided, asked=asked))
+
+
+def make_zero(setting: Setting, data: StepData, like: nn.Module | None) -> ZeroLoop:
+    return ZeroLoop(setting, data, _our_model(setting, None))
+
+
+def _our_model(
+    setting: Setting, like: nn.Module | None, *, guided: bool = True, asked: Mapping[str, Any] = MappingProxyType({})
+) -> nn.Module:
     model = build_ours(
-        setting.shape, train=setting.train, guided=guided, dtype=setting.dtype, device=setting.device, like=like
-    )
+        setting.shape, train=setting.train, guided=guided, dtype=setting.dtype, device=setting.place,
+        runs_on=setting.device.type, like=like, asked=asked,
+    )  # fmt: skip
     if setting.checkpointing:
         model.gradient_checkpointing_enable()
-    return OurLoop(setting, data, model)
-
-
-def make_zero(setting: Setting, data: StepData, like: nn.Module | None) -> Loop:
-    model = build_ours(setting.shape, train=setting.train, dtype=setting.dtype, device=setting.device)
-    if setting.checkpointing:
-        model.gradient_checkpointing_enable()
-    return ZeroLoop(setting, data, model)
+    return model
 
 
 def make_instructblip(setting: Setting, data: StepData, like: nn.Module | None) -> Loop:
     assert like is not None
     model = build_instructblip(
-        setting.shape, train=setting.train, dtype=setting.dtype, device=setting.device, attention="sdpa", like=like
+        setting.shape, train=setting.train, dtype=setting.dtype, device=setting.place, attention="sdpa", like=like
     )
     if setting.checkpointing:
         model.language_model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -305,13 +317,21 @@ def make_reference(setting: Setting, data: StepData, like: nn.Module | None, *, 
 
 @dataclass(frozen=True)
 class Row:
-    """gate: the row whose loss and gradients it must equal; None: it is the yardstick itself."""
+    """gate: the row whose loss and gradients it must equal; None: it is the yardstick itself. requires: a package that
+    may be missing. on_gpu_alone: why there is nothing to see of it elsewhere."""
 
     name: str
     label: str
     make: Callable[..., Loop]
     gate: str | None = None
-    requires: str = ""  # a package that may be missing
+    requires: str = ""
+    on_gpu_alone: str = ""
+
+
+def _without(name: str, part: str, **asked: Any) -> Row:
+    """Ours but for one part that a GPU alone runs: what that part gains, and what runs should the part fail there."""
+    why = "runs on a GPU alone; elsewhere ours is without it"
+    return Row(name, f"ours, without {part}", functools.partial(make_ours, **asked), gate="ours", on_gpu_alone=why)
 
 
 ROWS: dict[str, Row] = {
@@ -322,12 +342,19 @@ ROWS: dict[str, Row] = {
             "ours_unguided", "ours, guidance off",
             lambda *a: make_ours(*a, guided=False), gate="instructblip",
         ),
-        Row("ours_zero", "ours under DeepSpeed ZeRO-3", make_zero, gate="ours", requires="deepspeed"),
+        Row(
+            "ours_zero", "ours under DeepSpeed ZeRO-3", make_zero, gate="ours", requires="deepspeed",
+            on_gpu_alone="runs on a GPU alone: the work of ours, and DeepSpeed's own buffers and launches",
+        ),
         Row("instructblip", "transformers' InstructBLIP", make_instructblip),
         Row("reference", "reference-style loop", make_reference, gate="reference_sdpa"),
         Row(
             "reference_sdpa", "reference-style loop, SDPA",
             lambda *a: make_reference(*a, attention="sdpa"),
         ),
+        _without("ours_dense", "packed attention (SDPA, dense mask)", attn_implementation="sdpa"),
+        _without("ours_no_liger", "Liger", liger=False),
+        _without("ours_eager_vision", "the compiled tower", compile_vision=False),
+        _without("ours_materialised", "our kernels", kernels="materialised"),
     )
 }  # fmt: skip

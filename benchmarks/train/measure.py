@@ -7,6 +7,7 @@ out of memory says so and is left out of later rounds.
 
 import gc
 import time
+import traceback
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -21,8 +22,13 @@ STEPS = 5
 GIB = 2**30
 
 
-def out_of_memory(error: BaseException) -> bool:
-    return isinstance(error, torch.OutOfMemoryError)
+def failure(error: Exception) -> dict[str, str]:
+    """Of a row: one that fails must not cost the others their figures. The traceback goes to stderr."""
+    if isinstance(error, torch.OutOfMemoryError):
+        return {"status": "out of memory", "why": str(error).split(". ")[0]}
+    traceback.print_exception(error)
+    lines = str(error).strip().splitlines() or [""]
+    return {"status": "error", "why": f"{type(error).__name__}: {lines[0]}"[:200]}
 
 
 def measure_rows(
@@ -34,7 +40,7 @@ def measure_rows(
     timer: Any = None,
     clock: Callable[[], float] = time.monotonic,
 ) -> dict[str, dict[str, Any]]:
-    """Name -> {"step": Timing of one step, "peak_bytes"} or {"status": "out of memory", "why"}.
+    """Name -> {"step": Timing of one step, "peak_bytes"} or {"status": "out of memory" or "error", "why"}.
 
     Args:
         seconds: no round begins that would end later, as long as the longest so far took; the first always runs.
@@ -59,8 +65,8 @@ def measure_rows(
                         loop.step()
                     times[name].append(timer.milliseconds(start, timer.mark()) / steps)
                     found[name]["peak_bytes"] = max(found[name].get("peak_bytes", 0), peak(loop))
-            except torch.OutOfMemoryError as error:
-                found[name] = {"status": "out of memory", "why": str(error).split(". ")[0]}
+            except Exception as error:
+                found[name] = failure(error)
             free()
         longest = max(longest, clock() - since)
     for name, values in times.items():

@@ -5,23 +5,21 @@ one, and are equal without being copied.
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from types import MappingProxyType
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
-from transformers import InstructBlipForConditionalGeneration, LlamaConfig, PreTrainedModel
+from transformers import InstructBlipForConditionalGeneration, PreTrainedModel
 from transformers.initialization import no_init_weights
 
 from benchmarks.train.shapes import ModelShape, Train, trains
 from samtrain.core.seeds import derive_seed
-from samtrain.model.attention import choose_attention
-from samtrain.model.compilation import choose_compile_vision, compile_layers
+from samtrain.model.device_choices import DeviceChoices, choose_for_device
 from samtrain.model.freezing import apply_freezing
-from samtrain.model.kernels import choose_kernels
-from samtrain.model.liger import apply_liger, choose_liger
 from samtrain.model.modeling import SamMllmForConditionalGeneration
-from samtrain.model.options import TrainablePartsOptions
+from samtrain.model.options import ModelOptions
 
 Model = TypeVar("Model", bound=PreTrainedModel)
 EMBEDDINGS = ("embed_tokens", "word_embeddings", "position_embedding", "class_embedding", "query_tokens")
@@ -34,54 +32,41 @@ def build_ours(
     guided: bool = True,
     dtype: torch.dtype,
     device: torch.device,
+    runs_on: str,
     like: nn.Module | None = None,
+    asked: Mapping[str, Any] = MappingProxyType({}),
 ) -> SamMllmForConditionalGeneration:
     """Our model in train mode, its frozen parts in eval.
 
     Args:
+        device: where it is made. runs_on: type of the device that will run it ("cuda", "cpu"), which decides what a
+            recipe leaves to `auto`. asked: keys of a recipe's `model` that leave it less ({"liger": False}).
         like: a model whose memory the weights of the same names share; None: random ones are drawn (none on meta).
     """
     place = torch.device("meta") if like is not None else device
-    model = construct_ours(shape, guided=guided, dtype=dtype, device=place, runs_on=device.type)
+    choices = choices_for(shape, train=train, guided=guided, runs_on=runs_on, asked=asked)
+    model = construct_ours(shape, guided=guided, dtype=dtype, device=place, attention=choices.attention)
     options = trains(train, guided=guided)
     if options.language_model == "lora":
         _attach_lora(model, train, device, is_empty=like is not None)
     fill(model, like=like)
     apply_freezing(model, options)
-    choose_fast_parts(model, options, device_type=device.type)
+    choices.apply(model)
     return model.train()
 
 
-def choose_fast_parts(model: Any, options: TrainablePartsOptions, *, device_type: str) -> None:
-    """Everything that a run leaves to `auto`, as `samtrain.model.build` decides it for this device."""
-    config = model.config
-    model.kernels = choose_kernels(
-        "auto", config.qformer_config, device_type=_real(device_type), qformer_trains=options.qformer
-    )
-    is_liger, model.liger = choose_liger("auto", config.text_config, device_type=_real(device_type))
-    if is_liger:
-        apply_liger(model.language_model)
-    is_compiled, model.compile_vision = choose_compile_vision(
-        "auto", vision_trains=options.vision, device_type=_real(device_type)
-    )
-    if is_compiled:
-        compile_layers(model.vision_model)
-
-
-def _real(device_type: str) -> str:
-    return "cpu" if device_type == "meta" else device_type
+def choices_for(
+    shape: ModelShape, *, train: Train, guided: bool, runs_on: str, asked: Mapping[str, Any] = MappingProxyType({})
+) -> DeviceChoices:
+    """As a run's recipe would have them."""
+    options = ModelOptions(train=trains(train, guided=guided), **asked)
+    return choose_for_device(options, shape.config(guided=guided), device_type=runs_on)
 
 
 def construct_ours(
-    shape: ModelShape, *, guided: bool, dtype: torch.dtype, device: torch.device, runs_on: str = "cpu"
+    shape: ModelShape, *, guided: bool, dtype: torch.dtype, device: torch.device, attention: str = "sdpa"
 ) -> SamMllmForConditionalGeneration:
-    """Our model with whatever its memory holds; on the meta device it has none.
-
-    Args:
-        runs_on: type of the device that will run it; it decides the attention.
-    """
-    text_config: Any = LlamaConfig(**shape.text)
-    attention = choose_attention("auto", text_config, device_type=_real(runs_on))
+    """Our model with whatever its memory holds; on the meta device it has none."""
     config = shape.config(guided=guided, attention=attention)
     for part in (config, config.vision_config, config.qformer_config, config.text_config):
         part.dtype = dtype

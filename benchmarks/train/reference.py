@@ -27,7 +27,7 @@ class ReferenceModel(nn.Module):
         from benchmarks.train.shapes import trains
 
         whole = build_instructblip(
-            setting.shape, train=setting.train, dtype=setting.dtype, device=setting.device, attention=attention,
+            setting.shape, train=setting.train, dtype=setting.dtype, device=setting.place, attention=attention,
             like=like,
         )  # fmt: skip
         self.shape, self.precision = setting.shape, setting.dtype

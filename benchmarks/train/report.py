@@ -11,7 +11,7 @@ from benchmarks.train.measure import GIB
 
 Table = dict[str, Any]
 Row = dict[str, Any]
-KEY = ("shape", "train", "text", "context", "layers", "checkpointing")
+KEY = ("shape", "train", "text", "context", "layers", "checkpointing", "compared")
 TIME_KEYS = ("step", "breakdown")
 YARDSTICKS = ("reference", "instructblip")
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from benchmarks.train import measure
-from benchmarks.train.gate import Verdict, judge, outcome_of
+from benchmarks.train.gate import Outcome, Verdict, judge, outcome_of
 from benchmarks.train.lengths import Text
 from benchmarks.train.loops import ROWS, Loop, OurLoop, Row, Setting
 from benchmarks.train.models import construct_ours
@@ -75,6 +75,7 @@ def new_table(selection: Selection, setting: Setting, data: StepData) -> Table:
         "context": selection.shape.context,
         "layers": [selection.shape.initial_layer, selection.shape.contextual_layer],
         "checkpointing": selection.checkpointing,
+        "compared": "peers" if any(row["family"] != "ours" for row in rows) else "parts of ours",
         "data": {
             "description": data.describe(),
             "samples": len(data.samples),
@@ -129,8 +130,8 @@ def run_on_cpu(selection: Selection, say: Say, *, counts: bool = True) -> Table:
         if row["name"] in verdicts:
             verdict = verdicts[row["name"]]
             row |= {"match": verdict.match, "why": verdict.why, "errors": verdict.errors}
-        if row["name"] == "ours_zero":
-            row["why"] = "runs on a GPU alone: the work of ours, and DeepSpeed's own buffers and launches"
+        if ROWS[row["name"]].on_gpu_alone:
+            row["why"] = ROWS[row["name"]].on_gpu_alone
         elif counts:
             from benchmarks.train.counts import count_step
 
@@ -140,10 +141,10 @@ def run_on_cpu(selection: Selection, say: Say, *, counts: bool = True) -> Table:
 
 
 def gate_on_toy(selection: Selection) -> dict[str, Verdict]:
-    """Every row but ours_zero, in float32 at toy widths, with the table's context and what trains."""
+    """Every row that a CPU can run, in float32 at toy widths, with the table's context and what trains."""
     shape = replace(SHAPES["tiny"], context=selection.shape.context)
     setting = Setting(shape, selection.train, torch.float32, torch.device("cpu"), selection.checkpointing)
-    rows = [row for row in selection.rows if row.name != "ours_zero"]
+    rows = [row for row in selection.rows if not row.on_gpu_alone]
     loops = make_loops(rows, setting, selection.data(shape))
     return gate(loops, setting.dtype)
 
@@ -168,7 +169,7 @@ def run_on_gpu(selection: Selection, say: Say, *, memory_bytes: int) -> Table:
         return table
     ours = _measure(selection, setting, data, rows)  # the other loops are gone: the extras want the whole device
     measure.free()
-    table["extras"] = _extras(selection, ours, say) if "status" not in rows["ours"] else {}
+    table["extras"] = _extras(selection, ours, say) if _is_sound(rows["ours"]) else {}
     return table
 
 
@@ -179,7 +180,7 @@ def _measure(selection: Selection, setting: Setting, data: StepData, rows: dict[
     for name, verdict in verdicts.items():
         if name in rows:
             rows[name] |= {"match": verdict.match, "why": verdict.why, "errors": verdict.errors}
-    timed = {name: loop for name, loop in loops.items() if name in rows and rows[name]["match"] != "FAIL"}
+    timed = {name: loop for name, loop in loops.items() if name in rows and rows[name]["match"] in ("ok", "-")}
     measure.free()
     found_rows = measure.measure_rows(timed, rounds=selection.rounds, steps=selection.steps, seconds=selection.seconds)
     for name, found in found_rows.items():
@@ -192,6 +193,10 @@ def _measure(selection: Selection, setting: Setting, data: StepData, rows: dict[
                 rows[name]["breakdown"] = measure.breakdown(loop)
         measure.free()
     return loops["ours"]
+
+
+def _is_sound(row: dict[str, Any]) -> bool:
+    return row["match"] == "ok" and "status" not in row
 
 
 def _loops_that_fit(
@@ -282,13 +287,16 @@ def make_loops(
             continue
         try:
             loops[name] = ROWS[name].make(setting, data, loops["ours"].module)
-        except torch.OutOfMemoryError as error:
-            found.get(name, {}).update(status="out of memory", why=str(error).split(". ")[0])
+        except Exception as error:
+            found.get(name, {}).update(measure.failure(error))
     return loops
 
 
 def gate(loops: dict[str, Loop], dtype: torch.dtype) -> dict[str, Verdict]:
-    """Row -> verdict. Yardsticks come first and keep their gradients until their rows were judged."""
+    """Row -> verdict. Yardsticks come first and keep their gradients until their rows were judged.
+
+    A row that raises is an error of its own; one whose yardstick raised cannot be told right from wrong.
+    """
     verdicts: dict[str, Verdict] = {}
     yardsticks: dict[str, list[str]] = {}
     for name in loops:
@@ -296,16 +304,28 @@ def gate(loops: dict[str, Loop], dtype: torch.dtype) -> dict[str, Verdict]:
         if yardstick in loops:
             yardsticks.setdefault(str(yardstick), []).append(name)
     for yardstick, names in yardsticks.items():
-        try:
-            expected = outcome_of(loops[yardstick])
-            for name in names:
-                verdicts[name] = judge(outcome_of(loops[name]), expected, dtype)
-        except torch.OutOfMemoryError:
-            for name in names:
-                verdicts.setdefault(name, Verdict("-", "the gate ran out of memory: not compared"))
-        measure.free()
-        verdicts.setdefault(yardstick, Verdict("ok", "yardstick"))
+        expected = _outcome_or_error(loops[yardstick])
+        for name in names:
+            found = _outcome_or_error(loops[name])
+            if isinstance(found, Verdict):
+                verdicts[name] = found
+            elif isinstance(expected, Verdict):
+                verdicts.setdefault(name, Verdict("-", f"not compared: its yardstick, {yardstick}, failed in the gate"))
+            else:
+                verdicts[name] = judge(found, expected, dtype)
+            del found
+            measure.free()
+        verdicts.setdefault(yardstick, expected if isinstance(expected, Verdict) else Verdict("ok", "yardstick"))
     return verdicts
+
+
+def _outcome_or_error(loop: Loop) -> Outcome | Verdict:
+    try:
+        return outcome_of(loop)
+    except torch.OutOfMemoryError:  # its step alone may fit: here the yardstick's gradients are kept beside
+        return Verdict("-", "the gate ran out of memory: not compared")
+    except Exception as error:
+        return Verdict("error", measure.failure(error)["why"])
 
 
 def _is_installed(package: str) -> bool:

@@ -61,7 +61,7 @@ class ModelShape:
             "num_query_tokens": self.num_query_tokens,
         }
 
-    def config(self, *, guided: bool, attention: str) -> SamMllmConfig:
+    def config(self, *, guided: bool, attention: str = "sdpa") -> SamMllmConfig:
         """Ours."""
         config = SamMllmConfig(
             **self.parts(),

@@ -13,7 +13,7 @@ class Work:
     """part -> floating-point operations of the step, forward and backward: vision, qformer, llm, head (of the LLM)."""
 
     def __init__(self, setting: Setting, data: StepData, *, guided: bool) -> None:
-        config = setting.shape.config(guided=guided, attention="sdpa")
+        config = setting.shape.config(guided=guided)
         counter = FlopCounter(config, trains(setting.train, guided=guided), image_size=setting.shape.image_size)
         self.parts = {"vision": 0.0, "qformer": 0.0, "llm": 0.0, "head": 0.0}
         for sample in data.samples:

@@ -52,6 +52,15 @@ class AotCase:
 
 
 @dataclass(frozen=True)
+class MachineCode:
+    """registers: of a thread. Spills are counted in the program text, not by execution."""
+
+    registers: int
+    spill_loads: int
+    spill_stores: int
+
+
+@dataclass(frozen=True)
 class AotReport:
     """What the compiler made of a case. Counts are of instructions in the program text, not of executions."""
 
@@ -121,7 +130,7 @@ def compile_case(case: AotCase, *, capability: tuple[int, int], head_dim: int | 
     target = GPUTarget("cuda", capability[0] * 10 + capability[1], 32)
     compiled = triton.compile(source, target=target, options=case.setting.options)
     ptx = compiled.asm["ptx"]
-    registers, machine_code = _disassemble(compiled.asm["cubin"])
+    code = read_machine_code(compiled.asm["cubin"])
     return AotReport(
         kernel=case.kernel,
         variant=case.variant,
@@ -129,9 +138,7 @@ def compile_case(case: AotCase, *, capability: tuple[int, int], head_dim: int | 
         head_dim=head_dim,
         dtype=str(dtype).removeprefix("torch."),
         capability=capability,
-        registers=registers,
-        spill_loads=len(re.findall(r"\bLDL\b", machine_code)),
-        spill_stores=len(re.findall(r"\bSTL\b", machine_code)),
+        **asdict(code),
         shared_bytes=compiled.metadata.shared,
         mma_sync=ptx.count("mma.sync.aligned"),
         wgmma=ptx.count("wgmma.mma_async"),
@@ -157,8 +164,8 @@ def kernel_module(kernel: str) -> ModuleType:
     return importlib.import_module(f"samtrain_kernels.{package}.triton")
 
 
-def _disassemble(cubin: bytes) -> tuple[int, str]:
-    """(registers of a thread, machine code as text), by the cuobjdump of Triton's wheel."""
+def read_machine_code(cubin: bytes) -> MachineCode:
+    """By the cuobjdump of Triton's wheel."""
     import triton
 
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
@@ -169,4 +176,5 @@ def _disassemble(cubin: bytes) -> tuple[int, str]:
             subprocess.run([tool, option, file.name], capture_output=True, text=True, check=True).stdout
             for option in ("-res-usage", "-sass")
         )
-    return max(int(n) for n in re.findall(r"REG:(\d+)", usage)), code
+    registers = max(int(n) for n in re.findall(r"REG:(\d+)", usage))
+    return MachineCode(registers, len(re.findall(r"\bLDL\b", code)), len(re.findall(r"\bSTL\b", code)))

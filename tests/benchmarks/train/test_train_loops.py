@@ -9,7 +9,7 @@ from benchmarks.train.gate import judge, outcome_of
 from benchmarks.train.loops import ROWS, Loop, Setting
 from benchmarks.train.measure import active
 from benchmarks.train.phases import Phases, watching
-from benchmarks.train.run import make_loops
+from benchmarks.train.run import gate, make_loops
 from benchmarks.train.samples import StepData, draw_step
 from benchmarks.train.shapes import SHAPES, Train
 from benchmarks.train.work import Work
@@ -43,6 +43,20 @@ def test_loss_and_gradients_equal_those_of_the_yardsticks(data: StepData, train:
             assert len(verdict.errors) > 1 and loop.module.training
     # The gate can tell models apart: guided and unguided are not the same.
     assert judge(outcomes["ours"], outcomes["instructblip"], torch.float32).match == "FAIL"
+
+
+@pytest.mark.parametrize("broken", ["ours", "instructblip"])
+def test_the_gate_outlives_a_row_that_raises(data: StepData, monkeypatch: pytest.MonkeyPatch, broken: str) -> None:
+    found = loops(data, "frozen")
+
+    def refuse(batch: object) -> torch.Tensor:
+        raise RuntimeError("it does not compile")
+
+    monkeypatch.setattr(found[broken], "loss_sum", refuse)
+    verdicts = gate(found, torch.float32)
+    assert verdicts[broken].match == "error" and "it does not compile" in verdicts[broken].why
+    assert verdicts["reference"].match == "ok"
+    assert verdicts["ours_unguided"].match == ("-" if broken == "instructblip" else "ok")
 
 
 def test_models_share_memory_and_train_on_their_own(data: StepData) -> None:
@@ -125,9 +139,7 @@ def test_work_is_split_into_parts_that_add_up(data: StepData) -> None:
     from samtrain.model.flops import FlopCounter
 
     work = Work(Setting(TINY, "frozen", torch.float32, CPU), data, guided=True)
-    counter = FlopCounter(
-        TINY.config(guided=True, attention="sdpa"), trains("frozen", guided=True), image_size=TINY.image_size
-    )
+    counter = FlopCounter(TINY.config(guided=True), trains("frozen", guided=True), image_size=TINY.image_size)
     expected = {"vision": 0.0, "qformer": 0.0, "llm": 0.0}
     for batch in data.global_step().micro_batches:
         for part, flops in counter.batch(batch).items():

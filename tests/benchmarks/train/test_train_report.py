@@ -34,7 +34,8 @@ def table(*rows: dict[str, Any], **more: Any) -> dict[str, Any]:
     data = {"description": "some", "samples": 64, "images": 200, "tokens": 1000, "labels": 9, "packs": [64]}
     return {
         "shape": "7b", "note": "a shape", "train": "frozen", "text": "mini", "context": "others", "layers": [11, 11],
-        "checkpointing": False, "data": data, "parameters": {"all": 8e9, "trainable": 1e6}, "rows": list(rows), **more,
+        "checkpointing": False, "compared": "peers",
+        "data": data, "parameters": {"all": 8e9, "trainable": 1e6}, "rows": list(rows), **more,
     }  # fmt: skip
 
 
@@ -90,6 +91,17 @@ class ALoop:
         self.steps += 1
         if self.steps == self.fails_at:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 3 GiB. More words")
+
+
+def test_a_row_that_raises_is_an_error_of_its_own_and_the_others_are_timed() -> None:
+    class Broken(ALoop):
+        def step(self) -> None:
+            raise RuntimeError("no kernel image\nis available")
+
+    loops: dict[str, Any] = {"broken": Broken(), "good": ALoop()}
+    found = measure.measure_rows(loops, rounds=2, steps=1, timer=Ticks())
+    assert found["broken"] == {"status": "error", "why": "RuntimeError: no kernel image"}
+    assert found["good"]["step"]["samples"] == 2
 
 
 class Ticks:
