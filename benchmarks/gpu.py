@@ -6,7 +6,8 @@
 
 Each stage is a process of its own with a limit, ends with its results written, and is marked in
 results/gpu-stages.json; one that was cut off or failed is not marked done and runs again when it is its turn
-(`--skip-failed`: not those that failed). The order: is it right, the headline, its golden loss, then breadth.
+(`--skip-failed`: not those that failed). The order: the headline, which is compared with others' code before it is
+timed and may be all that a short loan of a GPU has room for; is the rest right; then breadth.
 
 Needs beside this repository, which need not be installed: torch 2.11 or later for CUDA with its triton, transformers
 5.17 or later, peft, numpy, pillow, safetensors, typer, pyyaml, pytest, pytest-timeout; and what `gpu-wheels.txt` lists,
@@ -55,14 +56,14 @@ def _kernels(name: str, *selection: str, why: str) -> Stage:
 
 
 STAGES = (
-    Stage(
-        "tests", ("-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", "tests/kernels"), 300,
-        "every kernel setting is right on this GPU",
-    ),
     _train(
         "train-7b-frozen", "7b", "frozen", "--extra", "data,checkpoint,first_step",
         why="the headline: MFU, ratios to InstructBLIP and the reference, data wait, checkpoint, first step",
-        rounds_seconds=200,
+        rounds_seconds=150,
+    ),
+    Stage(
+        "tests", ("-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", "tests/kernels"), 300,
+        "every kernel setting is right on this GPU",
     ),
     Stage(
         "golden-fp32", ("-m", "benchmarks.golden_loss", "--device", "cuda", "--record"), 300,

@@ -82,7 +82,7 @@ def main(
                 trace=trace,
             )
             if has_gpu:
-                table = run_on_gpu(selection, say, memory_bytes=header["memory_bytes"])
+                table = run_on_gpu(selection, say, memory_bytes=header["memory_bytes"], device=torch.device("cuda"))
             else:
                 table = run_on_cpu(selection, say, counts=counts)
             say(report.table_text(table, header))

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,8 @@ from benchmarks.train.counts import LiveBytes, count_step
 from benchmarks.train.data_wait import data_wait, write_set
 from benchmarks.train.loops import ROWS, OurLoop, Setting
 from benchmarks.train.measure import active
+from benchmarks.train.report import table_text
+from benchmarks.train.run import DEFAULT_PEERS, EXTRAS, Selection, run_on_gpu
 from benchmarks.train.samples import draw_step
 from benchmarks.train.shapes import SHAPES
 
@@ -109,3 +112,36 @@ app()
     table = json.loads((tmp_path / "t.json").read_text())["tables"][0]
     match = {row["name"]: row["match"] for row in table["rows"]}
     assert match.pop("ours_zero") == "absent" and set(match.values()) == {"ok"}
+
+
+class Ticks:
+    def mark(self) -> float:
+        return 0.0
+
+    def milliseconds(self, start: float, end: float) -> float:
+        return 2.0
+
+
+def test_all_that_a_gpu_would_be_asked_runs_through(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A rehearsal of the GPU's table on a CPU: rows, gate, breakdown and extras, with a clock that measures nothing."""
+    if torch.cuda.is_available():
+        pytest.skip("this machine has a GPU: the benchmark itself runs here")
+    monkeypatch.setattr("benchmarks.train.measure.EventTimer", Ticks)
+    parts = ("ours_dense", "ours_no_liger", "ours_eager_vision", "ours_materialised")
+    peers = (*(name for name in DEFAULT_PEERS if name != "ours_zero"), *parts)
+    selection = Selection(
+        replace(TINY, samples=4), "lora", peers=peers, rounds=1, steps=1, extras=EXTRAS, num_workers=1
+    )
+    said: list[str] = []
+    table = run_on_gpu(selection, said.append, memory_bytes=2**34, device=CPU)
+    for row in table["rows"]:
+        assert row["match"] == "ok" and row["step"]["median"] == 2.0 and "status" not in row, row
+        assert set(row["breakdown"]["parts"]) >= {"vision", "qformer", "llm", "update"}, row
+    assert set(table["extras"]) == set(EXTRAS), said
+    for name, found in table["extras"].items():
+        assert "error" not in found and "absent" not in found, f"{name}: {found}"
+    header = {"gpu": "none: a rehearsal", "memory_bytes": 2**34, "smi": {}, "cuda": "", "peak_tflops": 1.0}
+    header |= {"peak_source": "", "matmul_flops_per_second": 1e12, "commit": "0" * 40}
+    header["versions"] = dict.fromkeys(("torch", "triton", "transformers", "deepspeed"), "0")
+    text = table_text(table, header)
+    assert all(row["label"] in text for row in table["rows"]) and "first step after" in text
