@@ -23,6 +23,7 @@ from benchmarks.train.plain_engine import PlainEngine
 from benchmarks.train.samples import draw_step
 from benchmarks.train.shapes import ModelShape
 from samtrain.core.files import atomic_write_json
+from samtrain.core.precision import exact_float32
 from samtrain.core.versions import git_commit, versions
 from samtrain.engine.optimizer import learning_rate_factor
 from samtrain.engine.step import run_step
@@ -182,6 +183,7 @@ def main(
         raise typer.BadParameter(f"--precision {precision}: choose from {', '.join(TOLERANCE)}")
     if write and device != "cpu":
         raise typer.BadParameter("--write: the golden trajectory is the CPU's")
+    exact_float32()
     recipe = load_recipe(RECIPE)
     shape = golden_shape(recipe)
     golden = json.loads(file.read_text()) if file.exists() else {"trajectories": {}}

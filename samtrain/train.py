@@ -24,6 +24,7 @@ from samtrain.core.files import atomic_write_json
 from samtrain.core.host_memory import return_freed_blocks
 from samtrain.core.log import configure_logging
 from samtrain.core.peak import peak_tflops
+from samtrain.core.precision import exact_float32
 from samtrain.core.seeds import derive_seed, seed_everything
 from samtrain.core.versions import git_commit, versions
 from samtrain.data.ledger import Ledger
@@ -75,6 +76,7 @@ def run_worker(recipe_yaml: str, *, emit: Emit) -> dict[str, Any]:
     device = _device(recipe)
     configure_logging(rank=int(os.environ.get("RANK", "0")))
     disable_progress_bar()  # of transformers: the launcher shows the run's own progress
+    exact_float32()
     if device.type == "cuda":
         return_freed_blocks()
     zero.init_distributed(device, timeout_seconds=recipe.train.timeout_seconds)
