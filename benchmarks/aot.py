@@ -34,6 +34,8 @@ from samtrain_kernels.settings import (
     settings_files,
 )
 
+from benchmarks.grid import grid
+
 RESULTS = Path(__file__).parent / "results"
 ROOT = Path(__file__).parents[1]
 KERNELS = CONTEXT_KERNELS + PATCH_KERNELS
@@ -155,10 +157,7 @@ def table(rows: Sequence[dict[str, Any]], *, is_search: bool) -> str:
                 verdict,
             )
         )
-    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
-    return "\n".join(
-        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines
-    )
+    return grid(lines)
 
 
 def report(result: dict[str, Any]) -> str:

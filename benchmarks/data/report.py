@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.data.machine import headline
+from benchmarks.grid import grid
 
 Content = dict[str, Any]
 Row = dict[str, Any]
@@ -125,12 +126,7 @@ def packing(rows: Sequence[Row]) -> str:
 
 def _table(columns: Sequence[tuple[str, Callable[[Row], str]]], rows: Sequence[Row]) -> str:
     lines = [[name for name, _ in columns], *([cell(row) for _, cell in columns] for row in rows)]
-    widths = [max(len(line[i]) for line in lines) for i in range(len(columns))]
-    last = len(columns) - 1
-    return "\n".join(
-        "  ".join(v.ljust(w) if i in (0, last) else v.rjust(w) for i, (v, w) in enumerate(zip(line, widths))).rstrip()
-        for line in lines
-    )
+    return grid(lines, left=[0, -1])
 
 
 def _median(row: Row, key: str, form: str) -> str:

@@ -58,6 +58,7 @@ from samtrain_kernels.tables import ImageTables
 from torch import Tensor
 
 from benchmarks.aot import RESULTS, header
+from benchmarks.grid import grid
 from benchmarks.kernels import floors
 from benchmarks.kernels.shapes import SHAPES, Shape
 
@@ -395,21 +396,16 @@ def report_text(result: dict[str, Any]) -> str:
                 "; ".join(row["problems"]) or ("ships (W stream alone)" if row["kernel"] != "dual_forward" else ""),
             )
         )
-    lines += _aligned(table)
+    lines.append(grid(table))
     lines += ["", "Shape A (16 x 5 images), one layer forward, least work, key/value projection included:"]
     least = [("", "GFLOP", "MB")]
     least += [(k, f"{w['flops'] / 1e9:.1f}", f"{w['bytes'] / 1e6:.0f}") for k, w in result["least_work"].items()]
-    lines += _aligned(least)
+    lines.append(grid(least))
     lines += ["", "Shape A, what programs of both attentions compute (with padding) and load (memory or cache):"]
     work = [("", "IB", "GFLOP", "MB of keys and values loaded")]
     for images, ways in result["attention_work"].items():
         work += [(k, images, f"{w['flops'] / 1e9:.2f}", f"{w['loaded_bytes'] / 1e6:.0f}") for k, w in ways.items()]
-    return "\n".join([*lines, *_aligned(work), ""])
-
-
-def _aligned(table: Sequence[tuple[str, ...]]) -> list[str]:
-    widths = [max(len(line[i]) for line in table) for i in range(len(table[0]))]
-    return ["  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip() for line in table]
+    return "\n".join([*lines, grid(work), ""])
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from benchmarks.grid import grid
 from benchmarks.kernels.cases import Case
 from benchmarks.kernels.floors import Rates, floor
 from benchmarks.kernels.machine import headline
@@ -124,9 +125,7 @@ def table_text(table: Table, *, has_gpu: bool) -> str:
     lines = [[name for name, _ in columns]]
     for row in table["rows"]:
         lines.append([str(cell(row, table, best)) for _, cell in columns])
-    widths = [max(len(line[i]) for line in lines) for i in range(len(columns))]
-    body = ["  ".join(_pad(value, w, i) for i, (value, w) in enumerate(zip(line, widths))).rstrip() for line in lines]
-    return "\n".join([title(table), floor_text(table), *body])
+    return "\n".join([title(table), floor_text(table), grid(lines, left=[0])])
 
 
 def title(table: Table) -> str:
@@ -166,10 +165,6 @@ def best_library(table: Table) -> dict[str, float]:
 
 
 Cell = Callable[[dict[str, Any], Table, dict[str, float]], str]
-
-
-def _pad(value: str, width: int, column: int) -> str:
-    return value.ljust(width) if column == 0 else value.rjust(width)
 
 
 def _time(which: str) -> Cell:

@@ -5,6 +5,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.grid import grid
 from benchmarks.scaling.study import STRATEGIES, Assumptions, stops_at
 
 Row = dict[str, Any]
@@ -79,8 +80,7 @@ def table_text(rows: Sequence[Row]) -> str:
                 f"{row['memory_bytes'] / 1e9:.0f}{'' if row['fits'] else ' (too much)'}",
             ]
         )
-    widths = [max(len(line[i]) for line in lines) for i in range(len(columns))]
-    return "\n".join([title, *("  ".join(v.rjust(w) for v, w in zip(line, widths)) for line in lines)])
+    return "\n".join([title, grid(lines, left=[])])
 
 
 def verdicts_text(rows: Sequence[Row]) -> str:

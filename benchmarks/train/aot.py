@@ -25,6 +25,7 @@ import torch
 import typer
 
 from benchmarks.absent_gpu import CHIPS, Compiled, compiling_for
+from benchmarks.grid import grid
 from benchmarks.train.counts import make_fake
 from benchmarks.train.loops import OurLoop, make_ours
 from benchmarks.train.models import choices_for
@@ -106,7 +107,7 @@ def text(header: dict[str, Any], tables: Sequence[Table]) -> str:
             "",
             f"{table['shape']}, {table['train']}, {chip}; attention {table['attention']}; {table['data']}",
             f"kernels that Inductor compiled in each micro-batch: {packs}",
-            _grid(
+            grid(
                 [("kernel", "by", "times", "warps", "stages", "regs", "spill ld/st", "smem KiB", "")]
                 + [
                     (
@@ -119,11 +120,6 @@ def text(header: dict[str, Any], tables: Sequence[Table]) -> str:
             ),
         ]  # fmt: skip
     return "\n".join(lines) + "\n"
-
-
-def _grid(lines: Sequence[tuple[str, ...]]) -> str:
-    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
-    return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(line, widths)).rstrip() for line in lines)
 
 
 def in_a_process(job: str) -> Table:

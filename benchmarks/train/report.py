@@ -5,6 +5,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from benchmarks.grid import grid
 from benchmarks.kernels.report import TimesWithoutGpuError
 from benchmarks.train.lengths import TEXTS
 from benchmarks.train.measure import GIB
@@ -78,8 +79,8 @@ def table_text(table: Table, header: Mapping[str, Any]) -> str:
         timed = [f"{row['name']}: {key}" for row in table["rows"] for key in TIME_KEYS if row.get(key)]
         if timed or table.get("extras"):
             raise TimesWithoutGpuError(f"{title(table)}: times without a GPU ({', '.join(timed) or 'extras'})")
-        return "\n".join([title(table), _work_text(table), _grid(_counted_rows(table))])
-    parts = [title(table), _work_text(table), _grid(_timed_rows(table, header))]
+        return "\n".join([title(table), _work_text(table), grid(_counted_rows(table), left=[0])])
+    parts = [title(table), _work_text(table), grid(_timed_rows(table, header), left=[0])]
     parts += [_breakdown_text(table, header), _extras_text(table)]
     return "\n".join(part for part in parts if part)
 
@@ -161,7 +162,7 @@ def _breakdown_text(table: Table, header: Mapping[str, Any]) -> str:
                 cell += f" {100 * row['work'][part] / (times[part] / 1e3) / (header['peak_tflops'] * 1e12):.0f} %"
             cells.append(cell)
         lines.append([row["label"], *cells])
-    return _grid(lines)
+    return grid(lines, left=[0])
 
 
 def _extras_text(table: Table) -> str:
@@ -232,16 +233,6 @@ def _counted_rows(table: Table) -> list[list[str]]:
             ]
         )
     return lines
-
-
-def _grid(lines: list[list[str]]) -> str:
-    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
-    return "\n".join(
-        "  ".join(
-            value.ljust(w) if i == 0 else value.rjust(w) for i, (value, w) in enumerate(zip(line, widths))
-        ).rstrip()
-        for line in lines
-    )
 
 
 def _key(table: Table) -> tuple[Any, ...]:

@@ -10,8 +10,13 @@ An operation is judged twice, always against float64 on the same (already rounde
 What must be zero is compared with zero. NaN and Inf never pass.
 """
 
+import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable, Mapping
-from typing import Literal
+from pathlib import Path
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -119,3 +124,13 @@ def assert_accurate(
         if (why := disagreement(got[name], eager[name], exact[name], kind=known[name], dtype=dtype)) is not None
     }
     assert not wrong, "; ".join(f"{name}: {why}" for name, why in wrong.items())
+
+
+def in_compiler(program: str, *, folder: Path) -> Any:
+    """What a Python program prints last, as JSON, run in `folder` where Triton compiles: here it may be interpreted."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=folder, env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    return json.loads(done.stdout.splitlines()[-1])

@@ -4,15 +4,14 @@ Compiling happens in a process of its own: this one runs Triton's interpreter.
 """
 
 import json
-import os
-import subprocess
-import sys
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from samtrain_kernels import testing
 from samtrain_kernels.aot import SHARED_MEMORY_LIMIT, AotReport, aot_cases, compile_case, source_digest
 from samtrain_kernels.dispatch import is_interpreted
 from samtrain_kernels.settings import (
@@ -40,14 +39,7 @@ def table() -> dict[str, Any]:
     return content
 
 
-def in_compiler(program: str) -> Any:
-    """What a program prints as JSON, run where Triton compiles."""
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    done = subprocess.run(
-        [sys.executable, "-c", program], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
-    return json.loads(done.stdout.splitlines()[-1])
+in_compiler = partial(testing.in_compiler, folder=ROOT)
 
 
 @pytest.mark.parametrize("kernel", KERNELS)

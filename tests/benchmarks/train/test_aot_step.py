@@ -1,13 +1,11 @@
 """A training step compiles for a GPU that is not there, with all that a GPU alone runs."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from samtrain_kernels.testing import in_compiler
 from typer.testing import CliRunner
 
 from benchmarks.train import aot
@@ -15,24 +13,17 @@ from benchmarks.train import aot
 ROOT = Path(__file__).resolve().parents[3]
 
 
-def in_a_process(program: str) -> Any:
-    """What a program prints last, as JSON; in this process Triton may be interpreted."""
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    done = subprocess.run(
-        [sys.executable, "-c", program], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
-    return json.loads(done.stdout.splitlines()[-1])
-
-
 def test_a_step_compiles_for_hopper_and_later_packs_compile_nothing() -> None:
-    table = in_a_process("""
+    table = in_compiler(
+        """
 import json
 from benchmarks.train.aot import compile_step
 from benchmarks.train.shapes import SHAPES
 packs = [(0, 1, 2), (3, 4, 5, 6, 7), (0, 2, 4, 6, 1, 3), (7, 6, 5, 0, 3, 2, 1)]
 print(json.dumps(compile_step(SHAPES["tiny"], "frozen", (9, 0), packs=packs)))
-""")
+""",
+        folder=ROOT,
+    )
     assert table["attention"] == "flex_attention"
     names = {row["name"] for row in table["kernels"]}
     for part in (
@@ -49,7 +40,8 @@ print(json.dumps(compile_step(SHAPES["tiny"], "frozen", (9, 0), packs=packs)))
 
 
 def test_what_needs_a_value_from_the_device_fails() -> None:
-    assert in_a_process("""
+    assert in_compiler(
+        """
 import json, torch
 from benchmarks.absent_gpu import compiling_for
 with compiling_for((8, 0)) as kernels:
@@ -61,7 +53,9 @@ with compiling_for((8, 0)) as kernels:
         x.sum().item()
     except Exception as error:
         print(json.dumps([type(error).__name__, [k.name for k in kernels]]))
-""") == ["DataDependentOutputException", ["triton_poi_fused_gelu_mul_0", "triton_poi_fused_gelu_gelu_backward_mul_0"]]
+""",
+        folder=ROOT,
+    ) == ["DataDependentOutputException", ["triton_poi_fused_gelu_mul_0", "triton_poi_fused_gelu_gelu_backward_mul_0"]]
 
 
 def test_a_kernel_without_a_setting_that_fits_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
