@@ -1,7 +1,8 @@
 """Bidirectional semantic guidance: the two-stream Q-Former of SAM (arXiv 2408.12867, section 3; method.md section 1).
 
 The Q stream extracts visual tokens from each image. The W stream (the paper's W-Former) is a second pass of the SAME
-layers over contextual features C_i, a patch-wise mix of the other images of the sample. They meet at two layers:
+layers over contextual features C_i, a patch-wise mix of the other images of the sample (`others`), of all of them
+(`all`), or the image alone (`own`, the matched control). They meet at two layers:
 
     q, w = x0, x0
     for t in 1..L:
@@ -67,7 +68,7 @@ class Guidance(nn.Module):
     def __init__(self, config: SamMllmConfig) -> None:
         super().__init__()
         width, feature_width = config.qformer_config.hidden_size, config.qformer_config.encoder_hidden_size
-        self.context = cast(Context, config.guidance_context)
+        self.context = config.guidance_context
         self.max_images = config.max_images
         self.initial_projection = nn.Linear(width, width)  # A
         self.context_projection = nn.Linear(width, width)  # B
@@ -87,14 +88,25 @@ class Guidance(nn.Module):
             BatchError: a sample has more images than the order embedding has rows.
         """
         order = self._order(groups)
+        context, groups = self._mixed(groups)
         mixing: Literal["triton", "reference"] = "triton" if backend == "triton" else "reference"
-        weights = self.patch_score(features, order, groups, context=self.context, backend=mixing)
+        weights = self.patch_score(features, order, groups, context=context, backend=mixing)
         if backend == "materialised":
-            return MaterialisedContext(features, weights, order, groups, context=self.context, num_queries=num_queries)
+            return MaterialisedContext(features, weights, order, groups, context=context, num_queries=num_queries)
         return KernelContext(
-            features, weights, order, groups, context=self.context, num_queries=num_queries,
+            features, weights, order, groups, context=context, num_queries=num_queries,
             backend=backend,
         )  # fmt: skip
+
+    def _mixed(self, groups: ImageGroups) -> tuple[Context, ImageGroups]:
+        """What the kernels mix, and among whom: an image's own context is `all` of a sample without others.
+
+        The softmax over one image is 1: the adaptive adjustment runs as elsewhere, and its gradient is zero. The W
+        stream has a row for every image all along, which is one for every sample of these tables.
+        """
+        if self.context == "own":
+            return "all", groups.each_alone()
+        return cast(Context, self.context), groups
 
     def _order(self, groups: ImageGroups) -> Tensor | None:
         """[I, C]: the order embedding of every image; None without one."""

@@ -70,7 +70,7 @@ def instructblip(model: SamMllmForConditionalGeneration) -> InstructBlipForCondi
 
 
 @pytest.mark.parametrize("kernels", BACKENDS)
-@pytest.mark.parametrize("context", ["others", "all"])
+@pytest.mark.parametrize("context", ["others", "all", "own"])
 def test_before_training_outputs_equal_transformers_instructblip(
     tiny_model: Any, make_batch: Any, context: str, kernels: str
 ) -> None:
@@ -158,12 +158,15 @@ BATCHES = {"images": [2, 3], "text only": [0, 0], "one image each": [1, 1], "mix
 
 @pytest.mark.parametrize("counts", BATCHES.values(), ids=BATCHES.keys())
 @pytest.mark.parametrize("with_labels", [True, False], ids=["labels", "no labels"])
-@pytest.mark.parametrize("mode", ["materialised", "reference", "none"])
+@pytest.mark.parametrize("mode", ["materialised", "reference", "own", "none"])
 @pytest.mark.parametrize("options", [EVERYTHING, TrainablePartsOptions(qformer=True)], ids=["everything", "qformer"])
 def test_every_trainable_parameter_gets_a_gradient_from_every_batch(
     tiny_model: Any, make_batch: Any, options: TrainablePartsOptions, mode: str, with_labels: bool, counts: list[int]
 ) -> None:
-    guidance = {"guidance_mode": "none"} if mode == "none" else {"order_embedding": True, "kernels": mode}
+    kernels = "reference" if mode == "own" else mode
+    guidance = {"guidance_mode": "none"} if mode == "none" else {"order_embedding": True, "kernels": kernels}
+    if mode == "own":
+        guidance["guidance_context"] = "own"
     model = tiny_model(**guidance, dropout=0.1 if mode == "materialised" else 0.0).train()
     apply_freezing(model, options)
     inputs = make_batch(counts).model_inputs()
@@ -179,8 +182,9 @@ def test_every_trainable_parameter_gets_a_gradient_from_every_batch(
 
 
 @pytest.mark.parametrize("kernels", BACKENDS)
-def test_every_batch_makes_the_same_module_calls(tiny_model: Any, make_batch: Any, kernels: str) -> None:
-    model = tiny_model(guidance_context="others", order_embedding=True, kernels=kernels).train()
+@pytest.mark.parametrize("context", ["others", "own"])
+def test_every_batch_makes_the_same_module_calls(tiny_model: Any, make_batch: Any, context: str, kernels: str) -> None:
+    model = tiny_model(guidance_context=context, order_embedding=True, kernels=kernels).train()
     apply_freezing(model, TrainablePartsOptions())
     names = {module: name for name, module in model.named_modules()}
     calls: list[str] = []
@@ -263,15 +267,15 @@ def test_layers_out_of_order_or_range_are_refused(tiny_config: Any) -> None:
         tiny_config(initial_layer=3, contextual_layer=5)
 
 
-@pytest.mark.parametrize("kind", ["llama", "opt"])
+@pytest.mark.parametrize(("kind", "context"), [("llama", "all"), ("opt", "own")])
 def test_a_saved_model_loads_through_the_auto_classes_with_equal_logits(
-    tiny_model: Any, make_batch: Any, tmp_path: Any, kind: str
+    tiny_model: Any, make_batch: Any, tmp_path: Any, kind: str, context: str
 ) -> None:
-    model = tiny_model(kind, random_guidance=True, order_embedding=True, guidance_context="all")
+    model = tiny_model(kind, random_guidance=True, order_embedding=True, guidance_context=context)
     batch = make_batch([2, 1])
     model.save_pretrained(tmp_path)
     config = AutoConfig.from_pretrained(tmp_path)
-    assert (config.model_type, config.guidance_context, config.contextual_layer) == ("sam_mllm", "all", 3)
+    assert (config.model_type, config.guidance_context, config.contextual_layer) == ("sam_mllm", context, 3)
     loaded = AutoModelForImageTextToText.from_pretrained(tmp_path).eval()
     with torch.no_grad():
         difference = model(**batch.model_inputs(), return_logits=True).logits
