@@ -80,9 +80,15 @@ class Guidance(nn.Module):
                 module.is_zero_init = True  # type: ignore[assignment]  # read by the model's _init_weights
 
     def reader(
-        self, features: Tensor, groups: ImageGroups, *, num_queries: int, backend: ResolvedBackend
+        self,
+        features: Tensor,
+        groups: ImageGroups,
+        *,
+        num_queries: int,
+        backend: ResolvedBackend,
+        context_features: Tensor | None = None,
     ) -> StreamReader:
-        """What both streams read, from the features F [I, P, C].
+        """What both streams read, from the features F [I, P, C]; `context_features`: as of `extract_visual_tokens`.
 
         Raises:
             BatchError: a sample has more images than the order embedding has rows.
@@ -90,12 +96,16 @@ class Guidance(nn.Module):
         order = self._order(groups)
         context, groups = self._mixed(groups)
         mixing: Literal["triton", "reference"] = "triton" if backend == "triton" else "reference"
-        weights = self.patch_score(features, order, groups, context=context, backend=mixing)
+        scored = features if context_features is None else context_features
+        weights = self.patch_score(scored, order, groups, context=context, backend=mixing)
         if backend == "materialised":
-            return MaterialisedContext(features, weights, order, groups, context=context, num_queries=num_queries)
+            return MaterialisedContext(
+                features, weights, order, groups, context=context, num_queries=num_queries,
+                context_features=context_features,
+            )  # fmt: skip
         return KernelContext(
             features, weights, order, groups, context=context, num_queries=num_queries,
-            backend=backend,
+            backend=backend, context_features=context_features,
         )  # fmt: skip
 
     def _mixed(self, groups: ImageGroups) -> tuple[Context, ImageGroups]:
@@ -131,6 +141,8 @@ def extract_visual_tokens(
     input_ids: Tensor,
     attention_mask: Tensor,
     backend: ResolvedBackend,
+    context_features: Tensor | None = None,
+    use_context: bool = True,
 ) -> Tensor:
     """Query outputs of every image, guided by the other images of its sample (`guidance=None`: each image alone).
 
@@ -142,6 +154,9 @@ def extract_visual_tokens(
         query_tokens: [1, Q, D]. features: F, [I, P, C], I >= 1.
         input_ids, attention_mask: [S, Tq] int64, the instruction; Tq >= 1.
         backend: how the W stream reads its context (`streams.py`); without guidance nobody asks.
+        context_features: [I, P, C], to measure what a context is worth: the W stream reads row j where it would read
+            F_j, the Q stream F as ever. Without guidance nobody asks.
+        use_context: False leaves c_i out, by the same computation, so that the difference is that of c_i alone.
 
     Returns:
         [I, Q, D].
@@ -158,11 +173,15 @@ def extract_visual_tokens(
             q = layer(q, q_mask, features, query_length=num_queries)
         return q[:, :num_queries]
 
-    reader = guidance.reader(features, groups, num_queries=num_queries, backend=backend)
+    reader = guidance.reader(
+        features, groups, num_queries=num_queries, backend=backend, context_features=context_features
+    )
     # With `all`, C is the same for every image of a sample, and so is the W stream until A steers it at layer l.
     is_shared = guidance.context == "all"
     w, w_mask = (start, mask) if is_shared else (q, q_mask)
     has_context = _has_context(groups, guidance.context)
+    if not use_context:
+        has_context = torch.zeros_like(has_context)
     # One call per layer for both streams, unless only one of them needs a backward pass: a frozen Q-Former without
     # anything trainable below it gives a Q stream that autograd does not record before layer k.
     q_records = torch.is_grad_enabled() and (q.requires_grad or features.requires_grad or _trains(qformer))

@@ -18,7 +18,13 @@ RAGGED = [2, 1, 3, 5]
 BACKENDS = ["materialised", "reference"]  # Triton's interpreter has no float64; see test_kernel_backends.py
 
 
-def reference(model: SamMllmForConditionalGeneration, features: Tensor, batch: PackedBatch) -> Tensor:
+def reference(
+    model: SamMllmForConditionalGeneration,
+    features: Tensor,
+    batch: PackedBatch,
+    *,
+    context_features: Tensor | None = None,
+) -> Tensor:
     """One image at a time, one layer at a time; softmax over a stacked list of images."""
     config, guidance, qformer = model.config, model.guidance, model.qformer
     score = guidance.patch_score
@@ -26,8 +32,9 @@ def reference(model: SamMllmForConditionalGeneration, features: Tensor, batch: P
     borders = batch.cu_images.tolist()
     for s, (first, last) in enumerate(pairwise(borders)):
         group = features[first:last]
+        context_group = group if context_features is None else context_features[first:last]
         read = [
-            group[j] + (guidance.order_embedding.weight[j] if config.order_embedding else 0.0)
+            context_group[j] + (guidance.order_embedding.weight[j] if config.order_embedding else 0.0)
             for j in range(len(group))
         ]
         text = batch.qformer_input_ids[s : s + 1][
@@ -57,7 +64,11 @@ def reference(model: SamMllmForConditionalGeneration, features: Tensor, batch: P
 
 
 def encode(
-    model: SamMllmForConditionalGeneration, features: Tensor, batch: PackedBatch, backend: Any = "reference"
+    model: SamMllmForConditionalGeneration,
+    features: Tensor,
+    batch: PackedBatch,
+    backend: Any = "reference",
+    **context: Any,
 ) -> Tensor:
     return extract_visual_tokens(
         model.qformer,
@@ -69,6 +80,7 @@ def encode(
         input_ids=batch.qformer_input_ids,
         attention_mask=batch.qformer_attention_mask,
         backend=backend,
+        **context,
     )
 
 
@@ -266,3 +278,40 @@ def test_groups_without_images_are_allowed_beside_others(
         groups=ImageGroups.from_counts([2]), backend=backend, **text,
     )  # fmt: skip
     assert without.num_images == 2 and (got - expected).abs().max() < 1e-12
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("context", ["others", "all", "own"])
+def test_what_is_read_as_context_can_be_replaced_image_by_image(
+    tiny_model: Any, make_batch: Any, context: str, backend: str
+) -> None:
+    model = tiny_model(
+        dtype=torch.float64, random_guidance=True, guidance_context=context, initial_layer=2, order_embedding=True
+    )
+    batch = make_batch(RAGGED)
+    features, others = torch.randn(2, batch.num_images, 5, 12, dtype=torch.float64)
+    got = encode(model, features, batch, backend, context_features=others)
+    assert (got - reference(model, features, batch, context_features=others)).abs().max() < 1e-9
+    moved = (got - encode(model, features, batch, backend)).flatten(1).abs().amax(1)
+    has_context = torch.tensor([context != "others" or count > 1 for count in RAGGED])[
+        batch.image_groups.group_of_image
+    ]
+    assert (moved[has_context] > 1e-3).all() and (moved[~has_context] == 0.0).all()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("context", ["others", "all", "own"])
+def test_without_its_context_a_model_is_one_whose_b_is_zero(
+    tiny_model: Any, make_batch: Any, context: str, backend: str
+) -> None:
+    model = tiny_model(random_guidance=True, guidance_context=context, initial_layer=2, order_embedding=True)
+    batch = make_batch(RAGGED)
+    features, others = torch.randn(2, batch.num_images, 5, 12)
+    left_out = encode(model, features, batch, backend, use_context=False)
+    assert (left_out - encode(model, features, batch, backend)).abs().max() > 1e-3
+    with torch.no_grad():
+        for parameter in model.guidance.context_projection.parameters():
+            parameter.zero_()
+    # To the last bit: the same computation, whatever is read as context.
+    assert torch.equal(left_out, encode(model, features, batch, backend))
+    assert torch.equal(left_out, encode(model, features, batch, backend, context_features=others))

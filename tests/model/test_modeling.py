@@ -1,5 +1,6 @@
 """The whole model: against transformers' InstructBLIP, packed against separate samples, gradients everywhere."""
 
+from itertools import combinations
 from typing import Any
 
 import pytest
@@ -15,7 +16,9 @@ from samtrain.core.batch import IGNORE_INDEX, ImageGroups, PackedBatch
 from samtrain.core.errors import BatchError, ConfigError
 from samtrain.model import SamMllmForConditionalGeneration
 from samtrain.model.freezing import apply_freezing
+from samtrain.model.guidance import extract_visual_tokens
 from samtrain.model.options import TrainablePartsOptions
+from samtrain.model.vision import patch_features
 
 BACKENDS = ["materialised", "reference"]
 EVERYTHING = TrainablePartsOptions(vision=True, qformer=True, projection=True, language_model="full")
@@ -311,3 +314,37 @@ def test_any_vision_tower_of_transformers_feeds_the_model(tiny_config: Any, make
         model(**make_batch([2, 1]).model_inputs()).loss_sum.backward()
         without = [n for n, p in model.named_parameters() if p.requires_grad and p.grad is None]
         assert not without, tower.model_type
+
+
+@pytest.mark.parametrize("kernels", BACKENDS)
+def test_the_context_of_a_batch_can_be_replaced_or_left_out(tiny_model: Any, make_batch: Any, kernels: str) -> None:
+    model = tiny_model(random_guidance=True, order_embedding=True, kernels=kernels)
+    batch, others = make_batch([2, 0, 1]), make_batch([2, 0, 1], seed=1).pixel_values
+    inputs = batch.model_inputs()
+    with torch.no_grad():
+        true, same = model(**inputs), model(**inputs, context_pixel_values=batch.pixel_values)
+        replaced, left_out = model(**inputs, context_pixel_values=others), model(**inputs, use_context=False)
+        features = [patch_features(model.vision_model, pixels) for pixels in (batch.pixel_values, others)]
+        expected = extract_visual_tokens(
+            model.qformer, model.guidance, config=model.config, query_tokens=model.query_tokens, features=features[0],
+            context_features=features[1], groups=batch.image_groups, input_ids=batch.qformer_input_ids,
+            attention_mask=batch.qformer_attention_mask, backend=kernels,
+        )  # fmt: skip
+    assert torch.equal(same.loss_sum, true.loss_sum) and torch.equal(replaced.query_outputs, expected)
+    for one, other in combinations((true, replaced, left_out), 2):
+        assert (one.query_outputs[:2] - other.query_outputs[:2]).abs().max() > 1e-3
+        assert not torch.equal(one.loss_sum, other.loss_sum)
+    assert torch.equal(replaced.query_outputs[2], true.query_outputs[2])  # an image alone has no context
+
+
+def test_a_batch_without_images_has_no_context_to_replace(tiny_model: Any, make_batch: Any) -> None:
+    model = tiny_model(random_guidance=True)
+    inputs = make_batch([0]).model_inputs()
+    with torch.no_grad():
+        true, replaced = model(**inputs), model(**inputs, context_pixel_values=inputs["pixel_values"])
+    assert torch.equal(true.loss_sum, replaced.loss_sum)
+
+
+def test_as_many_images_are_read_as_context_as_there_are(tiny_model: Any, make_batch: Any) -> None:
+    with pytest.raises(BatchError, match="3 images but 2 to be read as context"):
+        tiny_model()(**make_batch([2, 1]).model_inputs(), context_pixel_values=torch.zeros(2, 3, 8, 8))
