@@ -12,8 +12,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from samtrain.core.distributed import all_gather_object, broadcast_object, is_main_process, rank, world_size
-from samtrain.core.errors import DataError, SamtrainError
+from samtrain.core.distributed import broadcast_object, is_main_process
+from samtrain.core.errors import DataError
 from samtrain.core.events import Emit, discard
 from samtrain.core.files import atomic_write_json
 from samtrain.core.sample import SampleRecord
@@ -24,6 +24,7 @@ from samtrain.data.options import DataOptions
 from samtrain.data.storage import Location
 from samtrain.evaluation.baselines import majority_answers
 from samtrain.evaluation.cleaning import clean, has_words
+from samtrain.evaluation.dealing import cost_ordered_batches, deal
 from samtrain.evaluation.metrics import Scores, score_pairs
 from samtrain.evaluation.options import EvaluationOptions
 from samtrain.evaluation.predictions import write_predictions
@@ -187,42 +188,14 @@ def _answers(
     emit: Emit,
 ) -> dict[int, str]:
     """Sample -> answer, of the first `count` samples, on every rank."""
+
+    def answer(chosen: Sequence[int]) -> list[str]:
+        index.prefetch_images(chosen)
+        items = [_item(index, i, data, processor) for i in chosen]
+        return generate_batch(model, processor, items, generation)
+
     batches = cost_ordered_batches(index, count, batch_size=batch_size)
-    answers: dict[int, str] = {}
-    error: str | None = None
-    done = 0
-    emit({"kind": "progress", "what": what, "done": 0, "total": count})
-    for start in range(0, len(batches), world_size()):
-        mine = start + rank()
-        chosen: Sequence[int] = batches[mine] if mine < len(batches) else []
-        items: list[Item] = []
-        try:
-            index.prefetch_images(chosen if error is None else [])
-            items = [_item(index, i, data, processor) for i in chosen] if error is None else []
-        except SamtrainError as raised:
-            error = str(raised)  # the other ranks wait for this one at the gathering: it raises after it
-        if items:
-            answers |= dict(zip(chosen, generate_batch(model, processor, items, generation)))
-        done += sum(len(batch) for batch in batches[start : start + world_size()])
-        emit({"kind": "progress", "what": what, "done": done, "total": count})
-    merged: dict[int, str] = {}
-    for theirs, their_error in all_gather_object((answers, error)):
-        error = error or their_error
-        merged |= theirs
-    if error is not None:
-        raise DataError(error)
-    return merged
-
-
-def cost_ordered_batches(index: ShardIndex, count: int, *, batch_size: int) -> list[list[int]]:
-    """The first `count` samples in batches of similar cost, most images and longest text first."""
-
-    def cost(i: int) -> tuple[int, int, int]:
-        entry = index.entries[i]
-        return (-entry.num_images, -entry.num_tokens_estimate, i)
-
-    ordered = sorted(range(count), key=cost)
-    return [ordered[start : start + batch_size] for start in range(0, count, batch_size)]
+    return deal(batches, answer, what=what, emit=emit)
 
 
 def _item(index: ShardIndex, i: int, data: DataOptions, processor: "SamMllmProcessor") -> Item:
