@@ -1,4 +1,5 @@
-"""Generate answers for held-out splits with all ranks, and score them per set and per number of images.
+"""Generate answers for held-out splits with all ranks, and score them per set and per number of images; where it is
+asked for, also measure what the context is worth (context_gain.py).
 
 A set is one task of a split, `<split>.<task>`. Samples are ordered by cost inside, so that a batch holds prompts of
 similar length and the largest comes first (memory that is too small shows at once); whole batches are dealt to the
@@ -24,11 +25,18 @@ from samtrain.data.options import DataOptions
 from samtrain.data.storage import Location
 from samtrain.evaluation.baselines import majority_answers
 from samtrain.evaluation.cleaning import clean, has_words
+from samtrain.evaluation.context_gain import (
+    ContextGain,
+    SampleLosses,
+    check_context,
+    context_gains,
+    measure_losses,
+)
 from samtrain.evaluation.dealing import cost_ordered_batches, deal
 from samtrain.evaluation.metrics import Scores, score_pairs
 from samtrain.evaluation.options import EvaluationOptions
 from samtrain.evaluation.predictions import write_predictions
-from samtrain.evaluation.report import COLUMNS, score_rows
+from samtrain.evaluation.report import COLUMNS, GAIN_COLUMNS, context_gain_rows, score_rows
 from samtrain.generation.generate import Item, generate_batch
 from samtrain.generation.options import GenerationOptions
 from samtrain.tracking.protocol import Example
@@ -58,15 +66,18 @@ class EvaluationRow:
 
 @dataclass(frozen=True)
 class EvaluationResult:
-    """Answers in order, scores by set, the scores of the majority answer where a task has one, examples on rank 0."""
+    """Answers in order, scores by set, the scores of the majority answer where a task has one, examples on rank 0, and
+    by set what the context is worth, where that was asked for."""
 
     rows: list[EvaluationRow]
     scores: dict[str, Scores]
     majority_scores: dict[str, Scores] = field(default_factory=dict)
     examples: list[Example] = field(default_factory=list)
+    context_gain: dict[str, ContextGain] = field(default_factory=dict)
 
     def metrics(self) -> dict[str, float]:
-        """Flat numbers for a tracker: eval/<set>/cider, eval/<set>/images_3/cider, eval/<set>/majority/cider."""
+        """Flat numbers for a tracker: eval/<set>/cider, eval/<set>/images_3/cider, eval/<set>/majority/cider,
+        eval/<set>/context_gain_none, ..."""
         found: dict[str, float] = {}
         for name, scores in self.scores.items():
             found |= _metrics(f"eval/{name}", vars(scores))
@@ -75,6 +86,10 @@ class EvaluationResult:
                     found |= _metrics(f"eval/{name}/images_{count}", part)
         for name, scores in self.majority_scores.items():
             found |= _metrics(f"eval/{name}/majority", vars(scores))
+        for name, gain in self.context_gain.items():
+            parts = {f"eval/{name}/images_{count}": part for count, part in gain.by_num_images.items()}
+            for prefix, some in ({f"eval/{name}": gain} | (parts if len(parts) > 1 else {})).items():
+                found |= {f"{prefix}/{metric}": value for metric, value in some.metrics().items()}
         return found
 
     def event(self, *, title: str = "evaluation") -> dict[str, Any]:
@@ -82,11 +97,19 @@ class EvaluationResult:
         rows = score_rows(self.scores, majority=self.majority_scores)
         return {"kind": "eval", "title": title, "columns": COLUMNS, "rows": rows}
 
+    def context_gain_event(self) -> dict[str, Any]:
+        """An "eval" event: what the context is worth as a table."""
+        title = "losses by context, in nats per label token"
+        return {"kind": "eval", "title": title, "columns": GAIN_COLUMNS, "rows": context_gain_rows(self.context_gain)}
+
     def to_dict(self) -> dict[str, Any]:
-        return {
+        values = {
             "scores": {name: scores.to_dict() for name, scores in self.scores.items()},
             "majority": {name: scores.to_dict() for name, scores in self.majority_scores.items()},
         }
+        if self.context_gain:
+            values["context_gain"] = {name: gain.to_dict() for name, gain in self.context_gain.items()}
+        return values
 
     def write(self, folder: str | Path) -> None:
         """`<folder>/<set>/pred.json` in the authors' layout, which `samtrain score` reads, and `scores.json`."""
@@ -122,16 +145,21 @@ def evaluate_splits(
     Args:
         model: whole on every rank (the exported one), not partitioned.
         folders: name of the split -> its folder of shards, or its URL.
-        options: samples a rank generates at once, samples of each split, examples to keep.
+        options: samples a rank generates at once, samples of each split, examples to keep, and whether to measure the
+            gain of the context.
         data: for its limit on image sizes.
         train: the training samples, whose most frequent answers are scored as a baseline.
         emit: hears {"kind": "progress", "what", "done", "total"}, in samples over all ranks.
 
     Raises:
         DataError: a sample cannot be read or does not fit the model; held-out samples are never left out.
+        InputError: the gain of the context is asked for and the model reads none.
     """
+    if options.context_gain:
+        check_context(model.config)
     splits = {split: ShardIndex.load(folder, remote=data.remote) for split, folder in folders.items()}
     rows: list[EvaluationRow] = []
+    losses: list[SampleLosses] = []  # of the same samples
     for split, index in splits.items():
         count = min(options.max_samples or len(index), len(index))
         # Before the hours of generation.
@@ -141,9 +169,16 @@ def evaluate_splits(
             what=f"generating {split}", emit=emit,
         )  # fmt: skip
         rows += [_row(split, record, i, answers[i]) for i, record in enumerate(records)]
+        if options.context_gain:
+            sets = [set_name(split, record.task) for record in records]
+            losses += measure_losses(
+                model, processor, index, sets, data=data, batch_size=options.batch_size,
+                what=f"measuring the context of {split}", emit=emit,
+            )  # fmt: skip
     scores, majority_scores = _scores(rows, _majority(train))
     shown = _examples(rows, list(scores), splits, data=data, count=options.num_examples) if is_main_process() else []
-    return EvaluationResult(rows, scores, majority_scores, shown)
+    gains = context_gains([row.set_name for row in rows], losses) if options.context_gain else {}
+    return EvaluationResult(rows, scores, majority_scores, shown, gains)
 
 
 def _majority(train: SampleSet | None) -> dict[str, str]:
