@@ -126,7 +126,7 @@ def test_with_all_an_image_alone_has_a_context_to_shuffle(guided, processor, mak
     index = make_split(tmp_path / "test")
     _, losses = measured(guided(context="all"), processor, index)
     alone = [sample for sample in losses if sample.num_images == 1]
-    assert len(alone) == 3
+    assert len(alone) == 3 and None not in [sample.shuffled for sample in alone]
     assert all(len({sample.true, sample.none, sample.shuffled}) == 3 for sample in alone)
 
 
@@ -160,6 +160,14 @@ def test_stand_ins_of_equally_large_samples_are_one_sample_in_order():
     assert all(places == [(places[0][0], slot) for slot in range(3)] for places in drawn)
     assert sorted(givers) == list(range(40))  # each stands in once
     assert drawn != draw_stand_ins([3] * 40, seed=1)
+
+
+def test_samples_of_as_many_images_stand_in_for_each_other_but_for_the_last_of_a_size():
+    counts = [2, 3, 4] * 20
+    drawn = draw_stand_ins(counts, seed=0)
+    whole = [i for i, places in enumerate(drawn) if places == [(places[0][0], slot) for slot in range(counts[i])]]
+    same = [i for i in whole if counts[drawn[i][0][0]] == counts[i]]
+    assert len(same) == len(counts) - 3
 
 
 def test_the_only_sample_of_a_set_has_no_stand_ins():
