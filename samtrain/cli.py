@@ -117,6 +117,9 @@ def eval_command(
     num_beams: Annotated[int | None, typer.Option(help="other than the protocol's 5")] = None,
     max_new_tokens: Annotated[int | None, typer.Option(help="other than the protocol's 255")] = None,
     num_workers: Annotated[int, typer.Option(help="processes")] = 1,
+    context_gain: Annotated[
+        bool, typer.Option("--context-gain", help="also the loss without context and with a shuffled one")
+    ] = False,
 ) -> None:
     """Generate answers with the protocol's settings and score them per set and per number of images."""
     from samtrain.core.options import parse_options
@@ -132,6 +135,7 @@ def eval_command(
             "batch_size": batch_size,
             "max_samples": max_samples,
             "num_workers": num_workers,
+            "context_gain": context_gain,
             "generation": {k: v for k, v in generation.items() if v is not None},
         },
         source="command line",

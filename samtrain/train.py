@@ -41,6 +41,7 @@ from samtrain.engine.optimizer import build_parameter_groups
 from samtrain.engine.state import TrainState
 from samtrain.engine.trainer import Trainer
 from samtrain.engine.watchdog import Watchdog
+from samtrain.evaluation.context_gain import ContextGain
 from samtrain.evaluation.evaluator import EvaluationResult, evaluate_splits
 from samtrain.evaluation.metrics import Scores
 from samtrain.generation.export import export_folder, load_exported
@@ -319,6 +320,8 @@ class _Run:
         if self.is_main:
             result.write(self.output_dir / PREDICTIONS_FOLDER)
             self.emit(result.event(title="held-out scores of the exported model"))
+            if result.context_gain:
+                self.emit(result.context_gain_event())
             with closing(JsonlLog(self.output_dir / FILE_NAME, resumed_step=step)) as log:
                 log.log_metrics(result.metrics(), step=step)
             self.tracker.log_metrics(result.metrics(), step=step)
@@ -354,6 +357,8 @@ class _Run:
                 ours, majority = (_mean(scores, name) for scores in (result.scores, result.majority_scores))
                 against = f" (always the majority answer: {majority:.2f})" if result.majority_scores else ""
                 rows.append([f"mean {name} of {len(result.scores)} sets", f"{ours:.2f}{against}"])
+            if result.context_gain:
+                rows.append([f"context gain of {len(result.context_gain)} sets", _mean_gains(result.context_gain)])
             rows += [[row.key, f"{row.prediction}  [reference: {row.reference}]"] for row in result.rows[:4]]
             rows.append(["all predictions", str(self.output_dir / PREDICTIONS_FOLDER)])
         rows += [
@@ -367,6 +372,14 @@ class _Run:
 
 def _mean(scores: dict[str, Scores], metric: str) -> float:
     return sum(float(getattr(one, metric)) for one in scores.values()) / max(1, len(scores))
+
+
+def _mean_gains(gains: dict[str, ContextGain]) -> str:
+    shuffled = [gain.gain_shuffled for gain in gains.values() if gain.gain_shuffled is not None]
+    text = f"{sum(gain.gain_none for gain in gains.values()) / len(gains):+.4f} over none"
+    if shuffled:
+        text += f", {sum(shuffled) / len(shuffled):+.4f} over a shuffled context"
+    return f"{text} (nats per label token, mean of the sets)"
 
 
 class _TrackRunId(Callback):

@@ -66,6 +66,18 @@ class ImageGroups:
             cu_images=(sample > 0).to(torch.int32),
         )
 
+    def each_alone(self) -> "ImageGroups":
+        """Tables of the same images, each a sample of its own; made on their device, so that no copy waits for it."""
+        border = torch.arange(self.group_of_image.shape[0] + 1, device=self.group_of_image.device)
+        image = border[:-1]
+        return ImageGroups(
+            group_of_image=image,
+            slot_of_image=torch.zeros_like(image),
+            images_of_group=image[:, None],
+            valid=torch.ones_like(image[:, None], dtype=torch.bool),
+            cu_images=border.to(torch.int32),
+        )
+
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> "ImageGroups":
         return ImageGroups(*(getattr(self, f.name).to(device, non_blocking=non_blocking) for f in fields(self)))
 

@@ -18,21 +18,25 @@ from samtrain.core.options import Options
 from samtrain.data.index import ShardIndex
 from samtrain.data.options import DataOptions
 from samtrain.data.storage import parse_location
+from samtrain.evaluation.context_gain import check_context
 from samtrain.evaluation.evaluator import evaluate_splits
 from samtrain.evaluation.options import EvaluationOptions
-from samtrain.evaluation.report import scores_table
+from samtrain.evaluation.report import context_gain_table, scores_table
 from samtrain.generation.export import check_exported, load_exported
 from samtrain.generation.options import GenerationOptions
+from samtrain.model.configuration import SamMllmConfig
 
 
 class EvaluateCommand(Options):
-    """checkpoint: an exported folder. data: folders of shards, each a split. output: where predictions go."""
+    """checkpoint: an exported folder. data: folders of shards, each a split. output: where predictions go.
+    context_gain: as of `EvaluationOptions`."""
 
     checkpoint: str
     data: list[str] = Field(min_length=1)
     output: str
     batch_size: int = Field(default=8, ge=1)
     max_samples: int | None = Field(default=None, ge=1)
+    context_gain: bool = False
     num_workers: int = Field(default=1, ge=1)
     generation: GenerationOptions = GenerationOptions()
 
@@ -41,11 +45,13 @@ def evaluate_folder(command: EvaluateCommand) -> None:
     """Evaluate, write `<output>/<set>/pred.json` and `scores.json`, and print the table.
 
     Raises:
-        InputError: checkpoint or data cannot be used.
+        InputError: checkpoint or data cannot be used, or the gain of a context is asked for that the model has not.
     """
     # Before any process starts: a wrong folder is one message.
     split_folders(command)
     check_exported(command.checkpoint)
+    if command.context_gain:
+        check_context(SamMllmConfig.from_pretrained(command.checkpoint))
     if command.num_workers == 1:
         _run(command)
         return
@@ -106,7 +112,12 @@ def _run(command: EvaluateCommand) -> None:
             model,
             processor,
             split_folders(command),
-            options=EvaluationOptions(batch_size=command.batch_size, max_samples=command.max_samples, num_examples=0),
+            options=EvaluationOptions(
+                batch_size=command.batch_size,
+                max_samples=command.max_samples,
+                num_examples=0,
+                context_gain=command.context_gain,
+            ),
             generation=command.generation,
             data=DataOptions(path="."),
             emit=emit,
@@ -116,6 +127,8 @@ def _run(command: EvaluateCommand) -> None:
 
         result.write(command.output)
         Console().print(scores_table(result.scores))
+        if result.context_gain:
+            Console().print(context_gain_table(result.context_gain))
         print(f"predictions and scores: {command.output}")
 
 

@@ -1,4 +1,5 @@
-"""Generate answers for held-out splits with all ranks, and score them per set and per number of images.
+"""Generate answers for held-out splits with all ranks, and score them per set and per number of images; where it is
+asked for, also measure what the context is worth (context_gain.py).
 
 A set is one task of a split, `<split>.<task>`. Samples are ordered by cost inside, so that a batch holds prompts of
 similar length and the largest comes first (memory that is too small shows at once); whole batches are dealt to the
@@ -12,8 +13,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from samtrain.core.distributed import all_gather_object, broadcast_object, is_main_process, rank, world_size
-from samtrain.core.errors import DataError, SamtrainError
+from samtrain.core.distributed import broadcast_object, is_main_process
+from samtrain.core.errors import DataError
 from samtrain.core.events import Emit, discard
 from samtrain.core.files import atomic_write_json
 from samtrain.core.sample import SampleRecord
@@ -24,10 +25,18 @@ from samtrain.data.options import DataOptions
 from samtrain.data.storage import Location
 from samtrain.evaluation.baselines import majority_answers
 from samtrain.evaluation.cleaning import clean, has_words
+from samtrain.evaluation.context_gain import (
+    ContextGain,
+    SampleLosses,
+    check_context,
+    context_gains,
+    measure_losses,
+)
+from samtrain.evaluation.dealing import cost_ordered_batches, deal
 from samtrain.evaluation.metrics import Scores, score_pairs
 from samtrain.evaluation.options import EvaluationOptions
 from samtrain.evaluation.predictions import write_predictions
-from samtrain.evaluation.report import COLUMNS, score_rows
+from samtrain.evaluation.report import COLUMNS, GAIN_COLUMNS, context_gain_rows, score_rows
 from samtrain.generation.generate import Item, generate_batch
 from samtrain.generation.options import GenerationOptions
 from samtrain.tracking.protocol import Example
@@ -57,15 +66,18 @@ class EvaluationRow:
 
 @dataclass(frozen=True)
 class EvaluationResult:
-    """Answers in order, scores by set, the scores of the majority answer where a task has one, examples on rank 0."""
+    """Answers in order, scores by set, the scores of the majority answer where a task has one, examples on rank 0, and
+    by set what the context is worth, where that was asked for."""
 
     rows: list[EvaluationRow]
     scores: dict[str, Scores]
     majority_scores: dict[str, Scores] = field(default_factory=dict)
     examples: list[Example] = field(default_factory=list)
+    context_gain: dict[str, ContextGain] = field(default_factory=dict)
 
     def metrics(self) -> dict[str, float]:
-        """Flat numbers for a tracker: eval/<set>/cider, eval/<set>/images_3/cider, eval/<set>/majority/cider."""
+        """Flat numbers for a tracker: eval/<set>/cider, eval/<set>/images_3/cider, eval/<set>/majority/cider,
+        eval/<set>/context_gain_none, ..."""
         found: dict[str, float] = {}
         for name, scores in self.scores.items():
             found |= _metrics(f"eval/{name}", vars(scores))
@@ -74,6 +86,10 @@ class EvaluationResult:
                     found |= _metrics(f"eval/{name}/images_{count}", part)
         for name, scores in self.majority_scores.items():
             found |= _metrics(f"eval/{name}/majority", vars(scores))
+        for name, gain in self.context_gain.items():
+            parts = {f"eval/{name}/images_{count}": part for count, part in gain.by_num_images.items()}
+            for prefix, some in ({f"eval/{name}": gain} | (parts if len(parts) > 1 else {})).items():
+                found |= {f"{prefix}/{metric}": value for metric, value in some.metrics().items()}
         return found
 
     def event(self, *, title: str = "evaluation") -> dict[str, Any]:
@@ -81,11 +97,19 @@ class EvaluationResult:
         rows = score_rows(self.scores, majority=self.majority_scores)
         return {"kind": "eval", "title": title, "columns": COLUMNS, "rows": rows}
 
+    def context_gain_event(self) -> dict[str, Any]:
+        """An "eval" event: what the context is worth as a table."""
+        title = "losses by context, in nats per label token"
+        return {"kind": "eval", "title": title, "columns": GAIN_COLUMNS, "rows": context_gain_rows(self.context_gain)}
+
     def to_dict(self) -> dict[str, Any]:
-        return {
+        values = {
             "scores": {name: scores.to_dict() for name, scores in self.scores.items()},
             "majority": {name: scores.to_dict() for name, scores in self.majority_scores.items()},
         }
+        if self.context_gain:
+            values["context_gain"] = {name: gain.to_dict() for name, gain in self.context_gain.items()}
+        return values
 
     def write(self, folder: str | Path) -> None:
         """`<folder>/<set>/pred.json` in the authors' layout, which `samtrain score` reads, and `scores.json`."""
@@ -121,16 +145,21 @@ def evaluate_splits(
     Args:
         model: whole on every rank (the exported one), not partitioned.
         folders: name of the split -> its folder of shards, or its URL.
-        options: samples a rank generates at once, samples of each split, examples to keep.
+        options: samples a rank generates at once, samples of each split, examples to keep, and whether to measure the
+            gain of the context.
         data: for its limit on image sizes.
         train: the training samples, whose most frequent answers are scored as a baseline.
         emit: hears {"kind": "progress", "what", "done", "total"}, in samples over all ranks.
 
     Raises:
         DataError: a sample cannot be read or does not fit the model; held-out samples are never left out.
+        InputError: the gain of the context is asked for and the model reads none.
     """
+    if options.context_gain:
+        check_context(model.config)
     splits = {split: ShardIndex.load(folder, remote=data.remote) for split, folder in folders.items()}
     rows: list[EvaluationRow] = []
+    losses: list[SampleLosses] = []  # of the same samples
     for split, index in splits.items():
         count = min(options.max_samples or len(index), len(index))
         # Before the hours of generation.
@@ -140,9 +169,16 @@ def evaluate_splits(
             what=f"generating {split}", emit=emit,
         )  # fmt: skip
         rows += [_row(split, record, i, answers[i]) for i, record in enumerate(records)]
+        if options.context_gain:
+            sets = [set_name(split, record.task) for record in records]
+            losses += measure_losses(
+                model, processor, index, sets, data=data, batch_size=options.batch_size,
+                what=f"measuring the context of {split}", emit=emit,
+            )  # fmt: skip
     scores, majority_scores = _scores(rows, _majority(train))
     shown = _examples(rows, list(scores), splits, data=data, count=options.num_examples) if is_main_process() else []
-    return EvaluationResult(rows, scores, majority_scores, shown)
+    gains = context_gains([row.set_name for row in rows], losses) if options.context_gain else {}
+    return EvaluationResult(rows, scores, majority_scores, shown, gains)
 
 
 def _majority(train: SampleSet | None) -> dict[str, str]:
@@ -187,42 +223,14 @@ def _answers(
     emit: Emit,
 ) -> dict[int, str]:
     """Sample -> answer, of the first `count` samples, on every rank."""
+
+    def answer(chosen: Sequence[int]) -> list[str]:
+        index.prefetch_images(chosen)
+        items = [_item(index, i, data, processor) for i in chosen]
+        return generate_batch(model, processor, items, generation)
+
     batches = cost_ordered_batches(index, count, batch_size=batch_size)
-    answers: dict[int, str] = {}
-    error: str | None = None
-    done = 0
-    emit({"kind": "progress", "what": what, "done": 0, "total": count})
-    for start in range(0, len(batches), world_size()):
-        mine = start + rank()
-        chosen: Sequence[int] = batches[mine] if mine < len(batches) else []
-        items: list[Item] = []
-        try:
-            index.prefetch_images(chosen if error is None else [])
-            items = [_item(index, i, data, processor) for i in chosen] if error is None else []
-        except SamtrainError as raised:
-            error = str(raised)  # the other ranks wait for this one at the gathering: it raises after it
-        if items:
-            answers |= dict(zip(chosen, generate_batch(model, processor, items, generation)))
-        done += sum(len(batch) for batch in batches[start : start + world_size()])
-        emit({"kind": "progress", "what": what, "done": done, "total": count})
-    merged: dict[int, str] = {}
-    for theirs, their_error in all_gather_object((answers, error)):
-        error = error or their_error
-        merged |= theirs
-    if error is not None:
-        raise DataError(error)
-    return merged
-
-
-def cost_ordered_batches(index: ShardIndex, count: int, *, batch_size: int) -> list[list[int]]:
-    """The first `count` samples in batches of similar cost, most images and longest text first."""
-
-    def cost(i: int) -> tuple[int, int, int]:
-        entry = index.entries[i]
-        return (-entry.num_images, -entry.num_tokens_estimate, i)
-
-    ordered = sorted(range(count), key=cost)
-    return [ordered[start : start + batch_size] for start in range(0, count, batch_size)]
+    return deal(batches, answer, what=what, emit=emit)
 
 
 def _item(index: ShardIndex, i: int, data: DataOptions, processor: "SamMllmProcessor") -> Item:

@@ -21,7 +21,7 @@ class SamMllmConfig(PretrainedConfig):
     vision_config: any transformers vision configuration (`instructblip_vision_model`, `timm_wrapper`, ...).
     qformer_config: the Q-Former; `encoder_hidden_size` is the width of the vision tower's features.
     text_config: any decoder-only language model.
-    guidance_mode: `bidirectional` or `none`. guidance_context: `others` or `all`.
+    guidance_mode: `bidirectional` or `none`. guidance_context: `others`, `all` or `own`.
     initial_layer (l), contextual_layer (k): 1-based, 1 <= l <= k <= layers of the Q-Former.
     order_embedding: whether images carry a learned embedding of their place; max_images: its rows.
     image_layout: `prefix` or `interleaved`; how the processor writes image spans.
@@ -71,8 +71,8 @@ class SamMllmConfig(PretrainedConfig):
         layers = self.qformer_config.num_hidden_layers
         if self.guidance_mode not in ("bidirectional", "none"):
             raise ConfigError(f"guidance_mode = {self.guidance_mode!r}: expected `bidirectional` or `none`")
-        if self.guidance_context not in ("others", "all"):
-            raise ConfigError(f"guidance_context = {self.guidance_context!r}: expected `others` or `all`")
+        if self.guidance_context not in ("others", "all", "own"):
+            raise ConfigError(f"guidance_context = {self.guidance_context!r}: expected `others`, `all` or `own`")
         if self.guidance_mode != "none" and not 1 <= self.initial_layer <= self.contextual_layer <= layers:
             raise ConfigError(
                 f"guidance needs 1 <= initial_layer (l = {self.initial_layer}) <= contextual_layer "

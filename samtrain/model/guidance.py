@@ -1,7 +1,8 @@
 """Bidirectional semantic guidance: the two-stream Q-Former of SAM (arXiv 2408.12867, section 3; method.md section 1).
 
 The Q stream extracts visual tokens from each image. The W stream (the paper's W-Former) is a second pass of the SAME
-layers over contextual features C_i, a patch-wise mix of the other images of the sample. They meet at two layers:
+layers over contextual features C_i, a patch-wise mix of the other images of the sample (`others`), of all of them
+(`all`), or the image alone (`own`, the matched control). They meet at two layers:
 
     q, w = x0, x0
     for t in 1..L:
@@ -67,7 +68,7 @@ class Guidance(nn.Module):
     def __init__(self, config: SamMllmConfig) -> None:
         super().__init__()
         width, feature_width = config.qformer_config.hidden_size, config.qformer_config.encoder_hidden_size
-        self.context = cast(Context, config.guidance_context)
+        self.context = config.guidance_context
         self.max_images = config.max_images
         self.initial_projection = nn.Linear(width, width)  # A
         self.context_projection = nn.Linear(width, width)  # B
@@ -79,22 +80,43 @@ class Guidance(nn.Module):
                 module.is_zero_init = True  # type: ignore[assignment]  # read by the model's _init_weights
 
     def reader(
-        self, features: Tensor, groups: ImageGroups, *, num_queries: int, backend: ResolvedBackend
+        self,
+        features: Tensor,
+        groups: ImageGroups,
+        *,
+        num_queries: int,
+        backend: ResolvedBackend,
+        context_features: Tensor | None = None,
     ) -> StreamReader:
-        """What both streams read, from the features F [I, P, C].
+        """What both streams read, from the features F [I, P, C]; `context_features`: as of `extract_visual_tokens`.
 
         Raises:
             BatchError: a sample has more images than the order embedding has rows.
         """
         order = self._order(groups)
+        context, groups = self._mixed(groups)
         mixing: Literal["triton", "reference"] = "triton" if backend == "triton" else "reference"
-        weights = self.patch_score(features, order, groups, context=self.context, backend=mixing)
+        scored = features if context_features is None else context_features
+        weights = self.patch_score(scored, order, groups, context=context, backend=mixing)
         if backend == "materialised":
-            return MaterialisedContext(features, weights, order, groups, context=self.context, num_queries=num_queries)
+            return MaterialisedContext(
+                features, weights, order, groups, context=context, num_queries=num_queries,
+                context_features=context_features,
+            )  # fmt: skip
         return KernelContext(
-            features, weights, order, groups, context=self.context, num_queries=num_queries,
-            backend=backend,
+            features, weights, order, groups, context=context, num_queries=num_queries,
+            backend=backend, context_features=context_features,
         )  # fmt: skip
+
+    def _mixed(self, groups: ImageGroups) -> tuple[Context, ImageGroups]:
+        """What the kernels mix, and among whom: an image's own context is `all` of a sample without others.
+
+        The softmax over one image is 1: the adaptive adjustment runs as elsewhere, and its gradient is zero. The W
+        stream has a row for every image all along, which is one for every sample of these tables.
+        """
+        if self.context == "own":
+            return "all", groups.each_alone()
+        return cast(Context, self.context), groups
 
     def _order(self, groups: ImageGroups) -> Tensor | None:
         """[I, C]: the order embedding of every image; None without one."""
@@ -119,6 +141,8 @@ def extract_visual_tokens(
     input_ids: Tensor,
     attention_mask: Tensor,
     backend: ResolvedBackend,
+    context_features: Tensor | None = None,
+    use_context: bool = True,
 ) -> Tensor:
     """Query outputs of every image, guided by the other images of its sample (`guidance=None`: each image alone).
 
@@ -130,6 +154,9 @@ def extract_visual_tokens(
         query_tokens: [1, Q, D]. features: F, [I, P, C], I >= 1.
         input_ids, attention_mask: [S, Tq] int64, the instruction; Tq >= 1.
         backend: how the W stream reads its context (`streams.py`); without guidance nobody asks.
+        context_features: [I, P, C], to measure what a context is worth: the W stream reads row j where it would read
+            F_j, the Q stream F as ever. Without guidance nobody asks.
+        use_context: False leaves c_i out, by the same computation, so that the difference is that of c_i alone.
 
     Returns:
         [I, Q, D].
@@ -146,11 +173,15 @@ def extract_visual_tokens(
             q = layer(q, q_mask, features, query_length=num_queries)
         return q[:, :num_queries]
 
-    reader = guidance.reader(features, groups, num_queries=num_queries, backend=backend)
+    reader = guidance.reader(
+        features, groups, num_queries=num_queries, backend=backend, context_features=context_features
+    )
     # With `all`, C is the same for every image of a sample, and so is the W stream until A steers it at layer l.
     is_shared = guidance.context == "all"
     w, w_mask = (start, mask) if is_shared else (q, q_mask)
     has_context = _has_context(groups, guidance.context)
+    if not use_context:
+        has_context = torch.zeros_like(has_context)
     # One call per layer for both streams, unless only one of them needs a backward pass: a frozen Q-Former without
     # anything trainable below it gives a Q stream that autograd does not record before layer k.
     q_records = torch.is_grad_enabled() and (q.requires_grad or features.requires_grad or _trains(qformer))

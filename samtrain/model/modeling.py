@@ -140,6 +140,8 @@ class SamMllmForConditionalGeneration(PreTrainedModel):
         qformer_attention_mask: Tensor | None = None,
         return_logits: bool | None = None,
         embeddings_only: bool = False,
+        context_pixel_values: Tensor | None = None,
+        use_context: bool = True,
     ) -> SamMllmOutput:
         """One call for all samples of a batch.
 
@@ -154,10 +156,13 @@ class SamMllmForConditionalGeneration(PreTrainedModel):
             image_groups: which image belongs to which sample (or row); required where there are images.
             qformer_input_ids, qformer_attention_mask: [S, Tq], the instruction for the Q-Former.
             return_logits: default: only without labels. embeddings_only: stop before the language model.
+            context_pixel_values: [I, 3, H, W], to measure what a context is worth: where an image would be read as the
+                context of another, the one of the same place here is read. use_context: False leaves the context out.
 
         Raises:
-            BatchError: padded rows whose image tokens do not fit their images, naming the row and both counts. (A pack
-                is checked on the host where it is made, by `PackedBatch.validate`.)
+            BatchError: padded rows whose image tokens do not fit their images, naming the row and both counts (a pack
+                is checked on the host where it is made, by `PackedBatch.validate`); images and context_pixel_values
+                differ in number.
         """
         is_packed = input_ids.ndim == 1
         if is_packed and cu_seqlens is None:
@@ -166,12 +171,19 @@ class SamMllmForConditionalGeneration(PreTrainedModel):
         input_ids = _rows(input_ids)
         num_samples = input_ids.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
         num_images = 0 if pixel_values is None else pixel_values.shape[0]  # without the dummy
+        if context_pixel_values is not None and context_pixel_values.shape[0] != num_images:
+            raise BatchError(
+                f"{num_images} images but {context_pixel_values.shape[0]} to be read as context in their places"
+            )
         groups, pixel_values, qformer_input_ids, qformer_attention_mask = self._vision_inputs(
             num_samples, pixel_values, image_groups, qformer_input_ids, qformer_attention_mask
         )
         if not is_packed:
             self._check_image_tokens(input_ids, groups)
-        query_outputs = self.encode_images(pixel_values, groups, qformer_input_ids, qformer_attention_mask)
+        query_outputs = self.encode_images(
+            pixel_values, groups, qformer_input_ids, qformer_attention_mask,
+            context_pixel_values=context_pixel_values if num_images else None, use_context=use_context,
+        )  # fmt: skip
         inputs_embeds = self._embed(input_ids, self.language_projection(query_outputs), num_images=num_images)
         output = SamMllmOutput(query_outputs=query_outputs, inputs_embeds=inputs_embeds)
         if embeddings_only:
@@ -201,13 +213,25 @@ class SamMllmForConditionalGeneration(PreTrainedModel):
         return output
 
     def encode_images(
-        self, pixel_values: Tensor, groups: ImageGroups, qformer_input_ids: Tensor, qformer_attention_mask: Tensor
+        self,
+        pixel_values: Tensor,
+        groups: ImageGroups,
+        qformer_input_ids: Tensor,
+        qformer_attention_mask: Tensor,
+        *,
+        context_pixel_values: Tensor | None = None,
+        use_context: bool = True,
     ) -> Tensor:
         """Query outputs [I, Q, D] of images [I, 3, H, W], I >= 1, in one call of the tower and one of the Q-Former.
 
-        Nothing is recorded for the backward pass below the first trainable parameter.
+        Nothing is recorded for the backward pass below the first trainable parameter. `context_pixel_values` and
+        `use_context` are those of `forward`; the former cost another call of the tower, so that the images' own
+        features are the same to the last bit.
         """
         features = patch_features(self.vision_model, pixel_values)
+        context_features = None
+        if context_pixel_values is not None:
+            context_features = patch_features(self.vision_model, context_pixel_values)
         return extract_visual_tokens(
             self.qformer,
             self.guidance,
@@ -218,6 +242,8 @@ class SamMllmForConditionalGeneration(PreTrainedModel):
             input_ids=qformer_input_ids,
             attention_mask=qformer_attention_mask,
             backend=self._backend(features.device),
+            context_features=context_features,
+            use_context=use_context,
         )
 
     def _backend(self, device: torch.device) -> ResolvedBackend:

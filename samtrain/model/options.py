@@ -31,7 +31,8 @@ class GuidanceOptions(Options):
     """Bidirectional semantic guidance (arXiv 2408.12867, section 3); layers are 1-based as in the paper.
 
     mode: `bidirectional`, or `none`: every image is extracted independently by the same code.
-    context: the images a contextual feature mixes: `others` (the paper) or `all` (the authors' release).
+    context: the images a contextual feature mixes: `others` (the paper), `all` (the authors' release), or `own`, the
+        matched control: the W-Former reads the image the Q-Former reads, and nothing passes between images.
     initial_layer (l): before this layer the Q stream steers the W stream. contextual_layer (k >= l): there the W
         stream guides the Q stream.
     order_embedding: ours, not the paper's: a learned embedding of the image's place, read by the W-Former only.
@@ -39,7 +40,7 @@ class GuidanceOptions(Options):
     """
 
     mode: Literal["bidirectional", "none"] = "bidirectional"
-    context: Literal["others", "all"] = "others"
+    context: Literal["others", "all", "own"] = "others"
     initial_layer: int = Field(default=11, ge=1)
     contextual_layer: int = Field(default=11, ge=1)
     order_embedding: bool = False

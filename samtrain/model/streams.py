@@ -45,6 +45,7 @@ class MaterialisedContext:
     Args:
         features: F, [I, P, C]. order: [I, C], what the W stream reads beside F, or None.
         weights: a, [K, N, P], from `samtrain_kernels.image_mix_weights`.
+        context_features: [I, P, C], what the W stream reads in place of F; None: F.
     """
 
     def __init__(
@@ -56,8 +57,10 @@ class MaterialisedContext:
         *,
         context: Context,
         num_queries: int,
+        context_features: Tensor | None = None,
     ) -> None:
-        read = features if order is None else features + order[:, None]
+        read = features if context_features is None else context_features
+        read = read if order is None else read + order[:, None]
         self.features = features
         self.contextual = mix_images(read, weights, groups, context=context)  # C, [K, P, C]
         self.joint: Tensor | None = None  # both, once a layer asks for them
@@ -101,8 +104,10 @@ class KernelContext:
         context: Context,
         num_queries: int,
         backend: Literal["triton", "reference"],
+        context_features: Tensor | None = None,
     ) -> None:
         self.features, self.weights, self.order, self.groups = features, weights, order, groups
+        self.context_features = context_features
         self.context, self.num_queries, self.backend = context, num_queries, backend
         self.is_shared = context == "all"
 
@@ -113,17 +118,15 @@ class KernelContext:
         if not layer.has_cross_attention:
             return partial(self._run, layer, None)
         attention = layer.crossattention.attention
-        keys_values = [
-            linear(self.features).unflatten(-1, (attention.num_attention_heads, -1))  # [I, P, H, D/H]
-            for linear in (attention.key, attention.value)
-        ]
+        own = _keys_values(attention, self.features)
+        of_context = own if self.context_features is None else _keys_values(attention, self.context_features)
         biases: list[Tensor | None] = [None, None]
         if self.order is not None:
             biases = [
                 _shift(linear, self.order).unflatten(-1, (attention.num_attention_heads, -1))  # [I, H, D/H]
                 for linear in (attention.key, attention.value)
             ]
-        return partial(self._run, layer, (*keys_values, *biases))
+        return partial(self._run, layer, (*own, *of_context, *biases))
 
     def _run(
         self, layer: Any, keys_values: tuple[Tensor | None, ...] | None, hidden: Tensor, mask: Tensor, num_q_rows: int
@@ -141,7 +144,7 @@ class KernelContext:
 
     def _attend(self, attention: Any, query: Tensor, keys_values: Any, num_q_rows: int) -> Tensor:
         """[R, Q, H, D/H] -> the same: the first rows to their own images, the others to their contexts."""
-        key, value, key_bias, value_bias = keys_values
+        key, value, context_key, context_value, key_bias, value_bias = keys_values
         of_q, of_w = query.tensor_split([num_q_rows])
         attended = []
         if of_q.shape[0]:
@@ -153,12 +156,20 @@ class KernelContext:
             attended.append(ordinary(attention, *own, None, dropout=0.0, scaling=attention.scaling)[0])
         if of_w.shape[0]:
             mixed = context_attention(
-                of_w, key, value, self.weights, self.groups, context=self.context,
+                of_w, context_key, context_value, self.weights, self.groups, context=self.context,
                 queries="group" if self.is_shared else "image", key_bias=key_bias, value_bias=value_bias,
                 scale=attention.scaling, backend=self.backend,
             )  # fmt: skip
             attended.append(mixed)
         return attended[0] if len(attended) == 1 else torch.cat(attended)
+
+
+def _keys_values(attention: Any, features: Tensor) -> list[Tensor]:
+    """Two of [I, P, H, D/H]."""
+    return [
+        linear(features).unflatten(-1, (attention.num_attention_heads, -1))
+        for linear in (attention.key, attention.value)
+    ]
 
 
 def _shift(linear: nn.Module, order: Tensor) -> Tensor:

@@ -99,6 +99,14 @@ def test_the_tables_of_image_groups_invert_each_other(counts: list[int]) -> None
     assert back.tolist() == list(range(sum(counts)))
 
 
+@pytest.mark.parametrize("counts", [[0], [1], [3, 1, 0, 2]])
+def test_images_each_alone_have_the_tables_of_samples_of_one_image(counts: list[int]) -> None:
+    alone, expected = ImageGroups.from_counts(counts).each_alone(), ImageGroups.from_counts([1] * sum(counts))
+    for f in fields(ImageGroups):
+        table, wanted = getattr(alone, f.name), getattr(expected, f.name)
+        assert table.dtype == wanted.dtype and torch.equal(table, wanted), f.name
+
+
 def test_moving_a_batch_moves_every_tensor_and_nothing_else() -> None:
     moved = batch().to("meta")
     assert moved.pixel_values.device.type == moved.labels.device.type == "meta"

@@ -151,6 +151,22 @@ def test_a_batch_the_workers_cannot_share_is_refused_with_the_nearest_that_they_
         load_recipe(write(tmp_path, MINIMAL), ["train.global_batch_size=10", "launch.num_workers=4"])
 
 
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["model.guidance.mode=none"], r"model\.guidance\.mode: none there is no context"),
+        (["model.guidance.context=own"], r"model\.guidance\.context: own there is no context"),
+        (["evaluation.splits=[]"], r"evaluation\.splits is empty: nothing is measured"),
+    ],
+)
+def test_a_context_gain_that_cannot_be_measured_is_refused(tmp_path: Path, overrides: list[str], message: str) -> None:
+    asked = ["evaluation.context_gain=true", "evaluation.splits=[test]"]
+    path = write(tmp_path, MINIMAL)
+    assert load_recipe(path, asked).evaluation.context_gain
+    with pytest.raises(ConfigError, match=message):
+        load_recipe(path, [*asked, *overrides])
+
+
 def test_the_recipe_is_frozen(tmp_path: Path) -> None:
     recipe = load_recipe(write(tmp_path, MINIMAL))
     with pytest.raises(ValueError):

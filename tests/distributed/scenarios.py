@@ -342,7 +342,7 @@ def oracle(*, total_steps=4, frozen=(), **changes):
     return {"losses": losses, "norms": norms, "weights": {n: p.tolist() for n, p in model.named_parameters()}}
 
 
-def multimodal(*, output_dir, trained, zero_options, kernels, compiles_vision, total_steps=2):
+def multimodal(*, output_dir, trained, zero_options, kernels, compiles_vision, context, total_steps=2):
     """The real model, tiny, checkpointed: its losses by the engine, with `kernels`, and by plain torch, without."""
     from torch._dynamo.testing import CompileCounter
     from transformers import InstructBlipQFormerConfig, InstructBlipVisionConfig, LlamaConfig
@@ -371,7 +371,7 @@ def multimodal(*, output_dir, trained, zero_options, kernels, compiles_vision, t
             ),
             text_config=LlamaConfig(**language, vocab_size=VOCABULARY, bos_token_id=1, eos_token_id=2, pad_token_id=0),
             num_query_tokens=1, image_token_id=IMAGE_TOKEN, initial_layer=2, contextual_layer=3, max_images=5,
-            order_embedding=True,
+            order_embedding=True, guidance_context=context,
         )  # fmt: skip
         model = SamMllmForConditionalGeneration(config)
         model.kernels = kernels

@@ -3,20 +3,22 @@
 import pytest
 
 PAPER = {"guidance": True, "qformer": True, "projection": True}
+EVERYTHING = {"guidance": True, "vision": True, "qformer": True, "language_model": "full"}
 ZERO = {"param_persistence_threshold": 0}
 
 
 @pytest.mark.parametrize(
-    ("world_size", "trained", "zero", "kernels", "compiles_vision"),
+    ("world_size", "trained", "zero", "kernels", "compiles_vision", "context"),
     [
-        (2, PAPER, ZERO | {"frozen_towers": "replicated"}, "reference", True),
-        (2, {"guidance": True}, ZERO | {"frozen_towers": "partitioned"}, "reference", True),
-        (2, PAPER, ZERO | {"frozen_towers": "partitioned"}, "materialised", False),
-        (3, {"guidance": True, "vision": True, "qformer": True, "language_model": "full"}, {}, "reference", False),
+        (2, PAPER, ZERO | {"frozen_towers": "replicated"}, "reference", True, "others"),
+        (2, {"guidance": True}, ZERO | {"frozen_towers": "partitioned"}, "reference", True, "others"),
+        (2, PAPER, ZERO | {"frozen_towers": "partitioned"}, "materialised", False, "others"),
+        (2, PAPER, ZERO | {"frozen_towers": "partitioned"}, "reference", False, "own"),
+        (3, EVERYTHING, {}, "reference", False, "others"),
     ],
 )
 def test_real_model_trains_as_in_one_process_of_plain_torch(
-    launch, tmp_path, world_size, trained, zero, kernels, compiles_vision
+    launch, tmp_path, world_size, trained, zero, kernels, compiles_vision, context
 ):
     """Plain torch runs the materialised path: so ZeRO-3 gathers whatever the kernels' path calls, and updates it."""
     outcome = launch(
@@ -27,6 +29,7 @@ def test_real_model_trains_as_in_one_process_of_plain_torch(
         zero_options=zero,
         kernels=kernels,
         compiles_vision=compiles_vision,
+        context=context,
     )
     for result in outcome.check().results:
         # Two layers, one graph: for one image (the dummy), and for several.

@@ -9,7 +9,8 @@ import torch
 from samtrain.core.errors import CheckpointError, ConfigError, DataError
 from samtrain.data.options import DataOptions
 from samtrain.evaluation.command import EvaluateCommand, evaluate_folder
-from samtrain.evaluation.evaluator import cost_ordered_batches, evaluate_splits, set_name
+from samtrain.evaluation.dealing import cost_ordered_batches
+from samtrain.evaluation.evaluator import evaluate_splits, set_name
 from samtrain.evaluation.metrics import score_directory, score_pairs
 from samtrain.evaluation.options import EvaluationOptions
 from samtrain.generation.export import export_folder

@@ -95,7 +95,7 @@ def write_recipe(world: Path, tmp_path: Path) -> Callable[..., Path]:
             | {"save_steps": 2, "save_total_limit": 3, "timeout_seconds": 120.0}
             | train,
             "generation": {"max_new_tokens": 8, "num_beams": 2},
-            "evaluation": {"splits": ["test"], "batch_size": 3, "num_examples": 4},
+            "evaluation": {"splits": ["test"], "batch_size": 3, "num_examples": 4, "context_gain": True},
             "tracking": {"system_metrics": False},
         }
         path = tmp_path / f"{output}.yaml"

@@ -22,6 +22,7 @@ def test_a_run_under_ray_leaves_a_finished_run_that_others_can_use(
     done = launch(recipe)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "tiny: finished" in done.stdout and "step 6/6" in done.stdout
+    assert "losses by context" in done.stdout and "context gain of 1 sets" in done.stdout
 
     losses = [row["train/loss"] for row in rows(run) if "train/loss" in row]
     assert len(losses) == 6 and losses[-1] < losses[0]
@@ -36,11 +37,16 @@ def test_a_run_under_ray_leaves_a_finished_run_that_others_can_use(
     # A fresh process evaluates the exported folder and gets the run's own answers; scoring them gives its scores.
     again = samtrain_cli(
         "eval", run / "model", "--data", world / "data" / "test", "--output", tmp_path / "again",
-        "--num-beams", "2", "--max-new-tokens", "8", "--num-workers", "2",
+        "--num-beams", "2", "--max-new-tokens", "8", "--num-workers", "2", "--context-gain",
     )  # fmt: skip
     assert again.returncode == 0, again.stderr
     ours = json.loads((run / "predictions" / "test.colour" / "pred.json").read_text())
     assert json.loads((tmp_path / "again" / "test.colour" / "pred.json").read_text()) == ours
+    gains = [
+        json.loads((folder / "scores.json").read_text())["context_gain"]["test.colour"]["gain_none"]
+        for folder in (run / "predictions", tmp_path / "again")
+    ]
+    assert gains[0] == pytest.approx(gains[1], abs=1e-5) and gains[0] != 0.0
     scored = samtrain_cli("score", run / "predictions", "--json")
     assert json.loads(scored.stdout)["test.colour"]["cider"] == pytest.approx(
         finished["scores"]["scores"]["test.colour"]["cider"]
@@ -60,7 +66,8 @@ def check_tracked(database: Path, losses: list[float]) -> None:
     assert run.info.status == "FINISHED"
     logged = client.get_metric_history(run.info.run_id, "train/loss")
     assert [point.value for point in sorted(logged, key=lambda p: p.step)] == pytest.approx(losses)
-    for metric in ("eval/loss", "eval/test.colour/cider", "eval/test.colour/majority/cider", "perf/data_wait_frac"):
+    scores = ("cider", "majority/cider", "context_gain_none", "context_gain_shuffled")
+    for metric in ("eval/loss", "perf/data_wait_frac", *(f"eval/test.colour/{score}" for score in scores)):
         assert metric in run.data.metrics
     for parameter in ("train.learning_rate", "parameters/guidance/trainable", "versions/torch", "peak_tflops"):
         assert parameter in run.data.params

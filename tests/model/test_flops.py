@@ -56,7 +56,7 @@ def tiny_config(**guidance: str) -> SamMllmConfig:
 
 
 @pytest.mark.parametrize("kernels", ["materialised", "reference"])
-@pytest.mark.parametrize("mode", ["none", "others", "all"])
+@pytest.mark.parametrize("mode", ["none", "others", "all", "own"])
 def test_the_two_stream_formula_equals_a_counted_run(mode: str, kernels: Any) -> None:
     """And what each path does besides: MFU counts none of it."""
     guidance = {"guidance_mode": "none"} if mode == "none" else {"guidance_context": mode}
@@ -75,12 +75,13 @@ def test_the_two_stream_formula_equals_a_counted_run(mode: str, kernels: Any) ->
     patches, kv = 5, 2.0 * 2 * 5 * 32 * 48
     extra = 0.0
     if mode != "none":
-        contexts, rows = (3, [3, 3]) if mode == "others" else (1, [1, 3])  # of the W stream in layers 1 and 3
+        # Images mixed, over all contexts; rows of the W stream in layers 1 and 3.
+        pairs, rows = {"others": (9, [3, 3]), "all": (3, [1, 3]), "own": (3, [3, 3])}[mode]
         extra += 2.0 * 2 * 3 * (5 + TEXT) * 48**2 + 2.0 * 3 * patches * 32  # A, B, patch scores
         if kernels == "materialised":
-            extra += 2.0 * contexts * 3 * patches * 32 + kv * sum(rows)  # mixing features, projecting them
+            extra += 2.0 * pairs * patches * 32 + kv * sum(rows)  # mixing features, projecting them
         else:
-            extra += 2 * (2.0 * 2 * contexts * 3 * patches * 48)  # mixing keys and values in two layers
+            extra += 2 * (2.0 * 2 * pairs * patches * 48)  # mixing keys and values in two layers
     assert counted.get_total_flops() == pytest.approx(flops.vision + flops.qformer - one_projection + extra, rel=1e-3)
 
 

@@ -18,7 +18,13 @@ RAGGED = [2, 1, 3, 5]
 BACKENDS = ["materialised", "reference"]  # Triton's interpreter has no float64; see test_kernel_backends.py
 
 
-def reference(model: SamMllmForConditionalGeneration, features: Tensor, batch: PackedBatch) -> Tensor:
+def reference(
+    model: SamMllmForConditionalGeneration,
+    features: Tensor,
+    batch: PackedBatch,
+    *,
+    context_features: Tensor | None = None,
+) -> Tensor:
     """One image at a time, one layer at a time; softmax over a stacked list of images."""
     config, guidance, qformer = model.config, model.guidance, model.qformer
     score = guidance.patch_score
@@ -26,8 +32,9 @@ def reference(model: SamMllmForConditionalGeneration, features: Tensor, batch: P
     borders = batch.cu_images.tolist()
     for s, (first, last) in enumerate(pairwise(borders)):
         group = features[first:last]
+        context_group = group if context_features is None else context_features[first:last]
         read = [
-            group[j] + (guidance.order_embedding.weight[j] if config.order_embedding else 0.0)
+            context_group[j] + (guidance.order_embedding.weight[j] if config.order_embedding else 0.0)
             for j in range(len(group))
         ]
         text = batch.qformer_input_ids[s : s + 1][
@@ -35,7 +42,8 @@ def reference(model: SamMllmForConditionalGeneration, features: Tensor, batch: P
         ]  # padding cut off, not masked
         x0 = qformer.embeddings(input_ids=text, query_embeds=model.query_tokens)
         for i in range(len(group)):
-            context_set = [j for j in range(len(group)) if config.guidance_context == "all" or j != i]
+            everyone = set(range(len(group)))
+            context_set = sorted({"others": everyone - {i}, "all": everyone, "own": {i}}[config.guidance_context])
             own = group[i][None]
             if context_set:
                 scores = torch.stack([(read[j] @ score.weight[0] + score.bias) for j in context_set])  # [n, P]
@@ -56,7 +64,11 @@ def reference(model: SamMllmForConditionalGeneration, features: Tensor, batch: P
 
 
 def encode(
-    model: SamMllmForConditionalGeneration, features: Tensor, batch: PackedBatch, backend: Any = "reference"
+    model: SamMllmForConditionalGeneration,
+    features: Tensor,
+    batch: PackedBatch,
+    backend: Any = "reference",
+    **context: Any,
 ) -> Tensor:
     return extract_visual_tokens(
         model.qformer,
@@ -68,6 +80,7 @@ def encode(
         input_ids=batch.qformer_input_ids,
         attention_mask=batch.qformer_attention_mask,
         backend=backend,
+        **context,
     )
 
 
@@ -87,7 +100,7 @@ def outputs_and_gradients(
 LAYERS = [(first, last) for first in range(1, 5) for last in range(first, 5)]
 
 
-@pytest.mark.parametrize("context", ["others", "all"])
+@pytest.mark.parametrize("context", ["others", "all", "own"])
 @pytest.mark.parametrize(("initial", "contextual"), LAYERS)
 @pytest.mark.parametrize("order", [False, True])
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -104,14 +117,15 @@ def test_outputs_and_every_gradient_equal_the_loop_over_images(
     assert (got - expected).abs().max() < 1e-9
     for name, gradient in expected_gradients.items():
         assert (gradients[name] - gradient).abs().max() < 1e-9, name
-    assert gradients["guidance.patch_score.weight"].abs().max() > 1e-6
+    scored = gradients["guidance.patch_score.weight"].abs().max()
+    assert scored == 0.0 if context == "own" else scored > 1e-6  # the softmax over one image is a constant
     assert gradients["guidance.initial_projection.weight"].abs().max() > 1e-6
     if order:
         assert gradients["guidance.order_embedding.weight"].abs().max() > 1e-6
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("context", ["others", "all"])
+@pytest.mark.parametrize("context", ["others", "all", "own"])
 def test_a_frozen_qformer_gives_the_same_guidance_gradients(
     tiny_model: Any, make_batch: Any, context: str, backend: str
 ) -> None:
@@ -188,12 +202,12 @@ def test_kernels_project_the_images_once_per_layer_for_both_streams(
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_a_single_image_with_others_is_not_guided_but_with_all_it_is(
+def test_a_single_image_with_others_is_not_guided_but_with_all_or_its_own_it_is(
     tiny_model: Any, make_batch: Any, backend: str
 ) -> None:
     batch = make_batch([1])
     features = torch.randn(1, 5, 12, dtype=torch.float64)
-    for context, is_guided in (("others", False), ("all", True)):
+    for context, is_guided in (("others", False), ("all", True), ("own", True)):
         model = tiny_model(dtype=torch.float64, random_guidance=True, guidance_context=context)
         guided = encode(model, features, batch, backend)
         model.guidance = None
@@ -214,6 +228,26 @@ def test_the_context_of_a_sample_never_reaches_another(tiny_model: Any, make_bat
     assert (before[2:] - after[2:]).abs().max() > 1e-3
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(("context", "crosses"), [("others", True), ("all", True), ("own", False)])
+def test_with_its_own_context_nothing_passes_between_the_images_of_a_sample(
+    tiny_model: Any, make_batch: Any, context: str, crosses: bool, backend: str
+) -> None:
+    model = tiny_model(
+        dtype=torch.float64, random_guidance=True, guidance_context=context, initial_layer=2, order_embedding=True
+    )
+    batch = make_batch([3, 2])
+    features = torch.randn(5, 5, 12, dtype=torch.float64)
+    before = encode(model, features, batch, backend)
+    for changed in range(3):
+        other = features.clone()
+        other[changed] += 1.0
+        moved = (encode(model, other, batch, backend) - before).flatten(1).abs().amax(1)
+        assert moved[changed] > 1e-3
+        rest = [i for i in range(3) if i != changed]
+        assert (moved[rest] > 1e-3).all() if crosses else (moved[rest] < 1e-12).all()
+
+
 def test_more_images_than_the_order_embedding_has_rows_is_an_error(tiny_model: Any, make_batch: Any) -> None:
     model = tiny_model(order_embedding=True, max_images=2)
     with pytest.raises(BatchError, match=r"3 images, the order embedding 2 rows.*max_images"):
@@ -230,7 +264,7 @@ def test_the_papers_shape_has_1182593_guidance_parameters(tiny_config: Any) -> N
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("context", ["others", "all"])
+@pytest.mark.parametrize("context", ["others", "all", "own"])
 def test_groups_without_images_are_allowed_beside_others(
     tiny_model: Any, make_batch: Any, context: str, backend: str
 ) -> None:
@@ -244,3 +278,39 @@ def test_groups_without_images_are_allowed_beside_others(
         groups=ImageGroups.from_counts([2]), backend=backend, **text,
     )  # fmt: skip
     assert without.num_images == 2 and (got - expected).abs().max() < 1e-12
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("context", ["others", "all", "own"])
+def test_what_is_read_as_context_can_be_replaced_image_by_image(
+    tiny_model: Any, make_batch: Any, context: str, backend: str
+) -> None:
+    model = tiny_model(
+        dtype=torch.float64, random_guidance=True, guidance_context=context, initial_layer=2, order_embedding=True
+    )
+    batch = make_batch(RAGGED)
+    features, others = torch.randn(2, batch.num_images, 5, 12, dtype=torch.float64)
+    got = encode(model, features, batch, backend, context_features=others)
+    assert (got - reference(model, features, batch, context_features=others)).abs().max() < 1e-9
+    moved = (got - encode(model, features, batch, backend)).flatten(1).abs().amax(1)
+    alone = torch.tensor([count == 1 for count in RAGGED])[batch.image_groups.group_of_image]
+    keeps = alone if context == "others" else torch.zeros_like(alone)  # an image alone has no context to replace
+    assert (moved[~keeps] > 1e-3).all() and (moved[keeps] == 0.0).all()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("context", ["others", "all", "own"])
+def test_without_its_context_a_model_is_one_whose_b_is_zero(
+    tiny_model: Any, make_batch: Any, context: str, backend: str
+) -> None:
+    model = tiny_model(random_guidance=True, guidance_context=context, initial_layer=2, order_embedding=True)
+    batch = make_batch(RAGGED)
+    features, others = torch.randn(2, batch.num_images, 5, 12)
+    left_out = encode(model, features, batch, backend, use_context=False)
+    assert (left_out - encode(model, features, batch, backend)).abs().max() > 1e-3
+    with torch.no_grad():
+        for parameter in model.guidance.context_projection.parameters():
+            parameter.zero_()
+    # To the last bit: the same computation, whatever is read as context.
+    assert torch.equal(left_out, encode(model, features, batch, backend))
+    assert torch.equal(left_out, encode(model, features, batch, backend, context_features=others))

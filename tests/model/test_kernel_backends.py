@@ -30,6 +30,7 @@ CASES: dict[str, dict[str, Any]] = {
     # The W stream runs once a sample before l, once an image from l to k.
     "all, frozen Q-Former": {"guidance_context": "all", "initial_layer": 2, "contextual_layer": 3},
     "others, order, trained": {"guidance_context": "others", "initial_layer": 1, "contextual_layer": 3},
+    "own, order, trained": {"guidance_context": "own", "initial_layer": 2, "contextual_layer": 3},
 }
 # fp32: products are summed in another order: 2e-7 here after 20 steps, Adam included.
 TOLERANCE = 2e-6
@@ -107,13 +108,16 @@ def test_the_losses_depend_on_the_context(
 ) -> None:
     """Else the comparison above compared nothing."""
     for case, losses in materialised.items():
-        other = {"others": "all", "all": "others"}[CASES[case]["guidance_context"]]
+        other = {"others": "all", "all": "others", "own": "others"}[CASES[case]["guidance_context"]]
         monkeypatch.setitem(CASES[case], "guidance_context", other)
         difference = [abs(a - b) for a, b in zip(train(case, "materialised"), losses)]
         assert max(difference) > 100 * TOLERANCE * max(losses), case
 
 
-@pytest.mark.parametrize(("case", "steps"), [("others, order, trained", STEPS), ("all, frozen Q-Former", 3)])
+@pytest.mark.parametrize(
+    ("case", "steps"),
+    [("others, order, trained", STEPS), ("all, frozen Q-Former", 3), ("own, order, trained", 3)],
+)
 def test_a_model_trains_alike_with_the_triton_kernels(
     materialised: dict[str, list[float]], case: str, steps: int
 ) -> None:

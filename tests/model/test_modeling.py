@@ -1,5 +1,6 @@
 """The whole model: against transformers' InstructBLIP, packed against separate samples, gradients everywhere."""
 
+from itertools import combinations
 from typing import Any
 
 import pytest
@@ -15,7 +16,9 @@ from samtrain.core.batch import IGNORE_INDEX, ImageGroups, PackedBatch
 from samtrain.core.errors import BatchError, ConfigError
 from samtrain.model import SamMllmForConditionalGeneration
 from samtrain.model.freezing import apply_freezing
+from samtrain.model.guidance import extract_visual_tokens
 from samtrain.model.options import TrainablePartsOptions
+from samtrain.model.vision import patch_features
 
 BACKENDS = ["materialised", "reference"]
 EVERYTHING = TrainablePartsOptions(vision=True, qformer=True, projection=True, language_model="full")
@@ -70,7 +73,7 @@ def instructblip(model: SamMllmForConditionalGeneration) -> InstructBlipForCondi
 
 
 @pytest.mark.parametrize("kernels", BACKENDS)
-@pytest.mark.parametrize("context", ["others", "all"])
+@pytest.mark.parametrize("context", ["others", "all", "own"])
 def test_before_training_outputs_equal_transformers_instructblip(
     tiny_model: Any, make_batch: Any, context: str, kernels: str
 ) -> None:
@@ -158,12 +161,15 @@ BATCHES = {"images": [2, 3], "text only": [0, 0], "one image each": [1, 1], "mix
 
 @pytest.mark.parametrize("counts", BATCHES.values(), ids=BATCHES.keys())
 @pytest.mark.parametrize("with_labels", [True, False], ids=["labels", "no labels"])
-@pytest.mark.parametrize("mode", ["materialised", "reference", "none"])
+@pytest.mark.parametrize("mode", ["materialised", "reference", "own", "none"])
 @pytest.mark.parametrize("options", [EVERYTHING, TrainablePartsOptions(qformer=True)], ids=["everything", "qformer"])
 def test_every_trainable_parameter_gets_a_gradient_from_every_batch(
     tiny_model: Any, make_batch: Any, options: TrainablePartsOptions, mode: str, with_labels: bool, counts: list[int]
 ) -> None:
-    guidance = {"guidance_mode": "none"} if mode == "none" else {"order_embedding": True, "kernels": mode}
+    kernels = "reference" if mode == "own" else mode
+    guidance = {"guidance_mode": "none"} if mode == "none" else {"order_embedding": True, "kernels": kernels}
+    if mode == "own":
+        guidance["guidance_context"] = "own"
     model = tiny_model(**guidance, dropout=0.1 if mode == "materialised" else 0.0).train()
     apply_freezing(model, options)
     inputs = make_batch(counts).model_inputs()
@@ -179,8 +185,9 @@ def test_every_trainable_parameter_gets_a_gradient_from_every_batch(
 
 
 @pytest.mark.parametrize("kernels", BACKENDS)
-def test_every_batch_makes_the_same_module_calls(tiny_model: Any, make_batch: Any, kernels: str) -> None:
-    model = tiny_model(guidance_context="others", order_embedding=True, kernels=kernels).train()
+@pytest.mark.parametrize("context", ["others", "own"])
+def test_every_batch_makes_the_same_module_calls(tiny_model: Any, make_batch: Any, context: str, kernels: str) -> None:
+    model = tiny_model(guidance_context=context, order_embedding=True, kernels=kernels).train()
     apply_freezing(model, TrainablePartsOptions())
     names = {module: name for name, module in model.named_modules()}
     calls: list[str] = []
@@ -263,15 +270,15 @@ def test_layers_out_of_order_or_range_are_refused(tiny_config: Any) -> None:
         tiny_config(initial_layer=3, contextual_layer=5)
 
 
-@pytest.mark.parametrize("kind", ["llama", "opt"])
+@pytest.mark.parametrize(("kind", "context"), [("llama", "all"), ("opt", "own")])
 def test_a_saved_model_loads_through_the_auto_classes_with_equal_logits(
-    tiny_model: Any, make_batch: Any, tmp_path: Any, kind: str
+    tiny_model: Any, make_batch: Any, tmp_path: Any, kind: str, context: str
 ) -> None:
-    model = tiny_model(kind, random_guidance=True, order_embedding=True, guidance_context="all")
+    model = tiny_model(kind, random_guidance=True, order_embedding=True, guidance_context=context)
     batch = make_batch([2, 1])
     model.save_pretrained(tmp_path)
     config = AutoConfig.from_pretrained(tmp_path)
-    assert (config.model_type, config.guidance_context, config.contextual_layer) == ("sam_mllm", "all", 3)
+    assert (config.model_type, config.guidance_context, config.contextual_layer) == ("sam_mllm", context, 3)
     loaded = AutoModelForImageTextToText.from_pretrained(tmp_path).eval()
     with torch.no_grad():
         difference = model(**batch.model_inputs(), return_logits=True).logits
@@ -307,3 +314,37 @@ def test_any_vision_tower_of_transformers_feeds_the_model(tiny_config: Any, make
         model(**make_batch([2, 1]).model_inputs()).loss_sum.backward()
         without = [n for n, p in model.named_parameters() if p.requires_grad and p.grad is None]
         assert not without, tower.model_type
+
+
+@pytest.mark.parametrize("kernels", BACKENDS)
+def test_the_context_of_a_batch_can_be_replaced_or_left_out(tiny_model: Any, make_batch: Any, kernels: str) -> None:
+    model = tiny_model(random_guidance=True, order_embedding=True, kernels=kernels)
+    batch, others = make_batch([2, 0, 1]), make_batch([2, 0, 1], seed=1).pixel_values
+    inputs = batch.model_inputs()
+    with torch.no_grad():
+        true, same = model(**inputs), model(**inputs, context_pixel_values=batch.pixel_values)
+        replaced, left_out = model(**inputs, context_pixel_values=others), model(**inputs, use_context=False)
+        features = [patch_features(model.vision_model, pixels) for pixels in (batch.pixel_values, others)]
+        expected = extract_visual_tokens(
+            model.qformer, model.guidance, config=model.config, query_tokens=model.query_tokens, features=features[0],
+            context_features=features[1], groups=batch.image_groups, input_ids=batch.qformer_input_ids,
+            attention_mask=batch.qformer_attention_mask, backend=kernels,
+        )  # fmt: skip
+    assert torch.equal(same.loss_sum, true.loss_sum) and torch.equal(replaced.query_outputs, expected)
+    for one, other in combinations((true, replaced, left_out), 2):
+        assert (one.query_outputs[:2] - other.query_outputs[:2]).abs().max() > 1e-3
+        assert not torch.equal(one.loss_sum, other.loss_sum)
+    assert torch.equal(replaced.query_outputs[2], true.query_outputs[2])  # an image alone has no context
+
+
+def test_a_batch_without_images_has_no_context_to_replace(tiny_model: Any, make_batch: Any) -> None:
+    model = tiny_model(random_guidance=True)
+    inputs = make_batch([0]).model_inputs()
+    with torch.no_grad():
+        true, replaced = model(**inputs), model(**inputs, context_pixel_values=inputs["pixel_values"])
+    assert torch.equal(true.loss_sum, replaced.loss_sum)
+
+
+def test_as_many_images_are_read_as_context_as_there_are(tiny_model: Any, make_batch: Any) -> None:
+    with pytest.raises(BatchError, match="3 images but 2 to be read as context"):
+        tiny_model()(**make_batch([2, 1]).model_inputs(), context_pixel_values=torch.zeros(2, 3, 8, 8))

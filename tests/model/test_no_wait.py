@@ -117,6 +117,7 @@ TRAINED = {
 
 @pytest.mark.parametrize("is_checkpointed", [False, True], ids=["kept", "recomputed"])
 @pytest.mark.parametrize("kernels", ["reference", "materialised"])
+@pytest.mark.parametrize("context", ["others", "own"])
 @pytest.mark.parametrize(
     ("device", "train"), [("cpu", "guidance"), ("cpu", "lora"), ("cpu", "everything"), ("meta", "everything")]
 )
@@ -126,6 +127,7 @@ def test_forward_and_backward_never_wait(
     monkeypatch: pytest.MonkeyPatch,
     device: str,
     train: str,
+    context: str,
     kernels: str,
     is_checkpointed: bool,
 ) -> None:
@@ -133,7 +135,9 @@ def test_forward_and_backward_never_wait(
         autocast = torch.autocast  # knows no meta device
         monkeypatch.setattr(torch, "autocast", lambda device_type, **kwargs: autocast("cpu", **kwargs))
         monkeypatch.setattr(torch, "is_autocast_enabled", lambda device_type: False)
-    model = tiny_model(random_guidance=True, order_embedding=True, dropout=0.0, kernels=kernels).train()
+    model = tiny_model(
+        random_guidance=True, order_embedding=True, dropout=0.0, kernels=kernels, guidance_context=context
+    ).train()
     if TRAINED[train].language_model == "lora":
         attach_lora(model, LoraOptions(r=2))
     apply_freezing(model, TRAINED[train])
