@@ -59,6 +59,7 @@ def main(
     say("\n".join(report.headline(header)))
     out = out or RESULTS / f"train-{_machine_name(has_gpu)}.json"
     tables: list[report.Table] = report.read(out)["tables"] if append and out.exists() else []
+    _known("--context", [context], ("others", "all"))  # what the reference-style loop has
     for shape_name in _known("--shape", shape or ["7b"], tuple(SHAPES)):
         chosen = SHAPES[shape_name]
         chosen = replace(
