@@ -27,6 +27,7 @@ if (($# == 0)); then
     echo "usage: sbatch [option ...] cluster/slurm.sh RECIPE [key=value ...]" >&2
     exit 2
 fi
+python -m samtrain.launch --print-config "$@" >/dev/null # a recipe that cannot be read ends here, with 2
 
 # This Ray is this job's alone, also where two jobs share a node: its port, its folder and its token are its own.
 # Some of Ray's ports listen on all interfaces, and whoever reaches them without a token may run anything.
@@ -47,7 +48,7 @@ srun --nodes="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 --cpus-per-task="$SLURM_
         role=(--head --node-ip-address "${HEAD_ADDRESS%:*}" --port "${HEAD_ADDRESS#*:}" --include-dashboard false
               --temp-dir "$RAY_FOLDER")
     fi
-    exec ray start "${role[@]}" --num-cpus "$SLURM_CPUS_PER_TASK" --block' &
+    exec ray start "${role[@]}" --num-cpus "$SLURM_CPUS_PER_TASK" --log-color false --block' &
 ray=$!
 trap 'kill -TERM "$ray" 2>/dev/null || true; wait "$ray" || true' EXIT
 
