@@ -238,7 +238,7 @@ def test_the_runbook_names_keys_and_files_that_exist() -> None:
     texts = {path: path.read_text() for path in CLUSTER.iterdir() if path.suffix in (".md", ".yaml", ".sh")}
     found = 0
     for path, text in texts.items():
-        for key in re.findall(r"\b((?:launch|train|data|tracking|model)\.[a-z_]+(?:\.[a-z_]+)*)\b(?![/(])", text):
+        for key in re.findall(r"(?<![.\w])((?:launch|train|data|model)\.[a-z_]+(?:\.[a-z_]+)*)", text):
             found += 1
             assert key in known, f"{path.name}: {key}"
         for file in re.findall(r"(?<![/\w])((?:recipes|cluster|samtrain|tests)/[\w./-]+\.(?:yaml|sh|md|py|txt))", text):

@@ -80,14 +80,14 @@ def start(tmp_path: Path) -> Iterator[Start]:
             (tmp_path / "bin" / name).chmod(0o755)
         variables = {"SLURM_JOB_ID": str(os.getpid()), "SLURM_JOB_NUM_NODES": str(nodes), "SLURM_CPUS_PER_TASK": "1"}
         variables |= {"LAUNCHER": str(tmp_path / "launcher.py"), "REAL_PYTHON": sys.executable}
-        started.append(
-            subprocess.Popen(
-                [SCRIPT, *map(str, arguments)],
-                stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=tmp_path, start_new_session=True,
-                env=environment(tmp_path / "bin", RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S="0", **variables),
-            )  # fmt: skip
-        )
-        return started[-1]
+        variables["RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S"] = "0"
+        process = subprocess.Popen(
+            [SCRIPT, *map(str, arguments)],
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=tmp_path, start_new_session=True,
+            env=environment(tmp_path / "bin", **variables),
+        )  # fmt: skip
+        started.append(process)
+        return process
 
     yield start
     for process in started:
