@@ -131,7 +131,7 @@ def test_ray_knows_every_option_of_the_start_commands() -> None:
         options = shlex.split(command.split("ray start ")[1])
         given = start.make_context("start", options).params
         assert given["head"] == (role == "head")
-        assert "RAY_AUTH_MODE=token" in command
+        assert "RAY_AUTH_MODE=token" in command and "unset SSH_CLIENT;" in command
 
 
 # ---- KubeRay
