@@ -148,6 +148,7 @@ SLURM_CONF = """
 ClusterName=test
 SlurmctldHost={host}(127.0.0.1)
 SlurmctldPort={ports[0]}
+FirstJobId={pid}
 # Everything here is one user's own, on loopback.
 AuthType=auth/none
 CredType=cred/none
@@ -195,7 +196,7 @@ def slurm() -> Iterator[dict[str, str]]:
     with tempfile.TemporaryDirectory(prefix="slurm-", dir="/tmp", ignore_cleanup_errors=True) as name:
         folder, host = Path(name), socket.gethostname().split(".")[0]
         (folder / "state").mkdir()
-        values = {"host": host, "folder": folder, "user": getpass.getuser(), "cpus": os.cpu_count()}
+        values = {"host": host, "folder": folder, "user": getpass.getuser(), "cpus": os.cpu_count(), "pid": os.getpid()}
         (folder / "slurm.conf").write_text(SLURM_CONF.format(ports=neighbouring_ports(3), **values))
         variables = environment(SLURM_CONF=str(folder / "slurm.conf"))
         commands = [["slurmctld", "-D"], ["slurmd", "-D", "-N", "node1"], ["slurmd", "-D", "-N", "node2"]]
@@ -215,6 +216,8 @@ def slurm() -> Iterator[dict[str, str]]:
                 process.terminate()
             for process in processes:
                 process.wait(timeout=60)
+            for job in range(os.getpid(), os.getpid() + 2):
+                shutil.rmtree(f"/tmp/ray-{job}", ignore_errors=True)
 
 
 def sinfo(variables: dict[str, str]) -> str:
