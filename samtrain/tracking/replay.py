@@ -10,7 +10,7 @@ def main(arguments: list[str] | None = None) -> int:
     from samtrain.tracking.mlflow_tracker import replay
 
     parser = argparse.ArgumentParser(prog="python -m samtrain.tracking.replay", description=__doc__)
-    parser.add_argument("spool", help="the folder that the run's warning named, e.g. runs/mini/mlflow-spool")
+    parser.add_argument("spool", help="the folder that the run's warning named, e.g. runs/mini/tracking")
     parser.add_argument("--tracking-uri", help="default: MLFLOW_TRACKING_URI, else the server the run was using")
     values = parser.parse_args(arguments)
     try:

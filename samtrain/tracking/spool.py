@@ -1,6 +1,6 @@
 """The journal between training and a tracking server: what was logged is on disk before anyone tries to send it.
 
-A spool is a folder (`<output_dir>/mlflow-spool`) that exists while something was logged but has not arrived:
+A spool is a folder (`<output_dir>/tracking`) that exists while something was logged but has not arrived:
     spool.jsonl   one operation a line, in the order of the calls; only appended to
     state.json    how many bytes of it the server has taken, and the run's id
     files/        content that operations refer to (figures, images of examples)
@@ -21,7 +21,6 @@ from typing import Any
 
 from samtrain.core.files import atomic_write_json
 
-FOLDER_NAME = "mlflow-spool"
 Operation = dict[str, Any]
 
 

@@ -144,16 +144,20 @@ def test_ray_job_stop_reaches_the_workers_which_save_first(head: Head, driver: C
     assert "SIGTERM: saved checkpoint-7" in out
 
 
-def test_a_cluster_that_never_has_room_is_an_input_error_that_names_both(
-    head: Head, driver: Callable[[str], list[str]]
+@pytest.mark.parametrize(
+    ("override", "bundle"), [("launch.cpus_per_worker=3", "3 CPU"), ("launch.device=cuda", "1 CPU + 1 GPU")]
+)
+def test_a_cluster_that_does_not_get_room_is_an_input_error_that_names_both(
+    head: Head, driver: Callable[[str], list[str]], override: str, bundle: str
 ) -> None:
-    overrides = ["launch.cpus_per_worker=3", "launch.placement_timeout_seconds=5.0"]
+    overrides = [override, "launch.placement_timeout_seconds=5.0"]
     done = subprocess.run(
         [*driver("succeed"), *overrides, "--address", head.address],
         env=head.environment, capture_output=True, text=True, timeout=120, check=False,
     )  # fmt: skip
     assert done.returncode == 2, done.stdout + done.stderr
-    assert "no room for 2 workers of 3 CPU each" in done.stderr and "1 nodes (2 CPU)" in done.stderr
+    assert f"no room for 2 workers of {bundle} each" in done.stderr and "1 nodes (2 CPU)" in done.stderr
+    assert "waiting for room" in done.stdout
 
 
 def test_no_cluster_at_the_address_is_an_input_error(make_recipe: Callable[..., Recipe], stop: StopRequest) -> None:
