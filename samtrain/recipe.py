@@ -55,8 +55,6 @@ class Recipe(Options):
                 f"evaluation.context_gain is true, but with model.guidance.{setting} there is no context to leave out "
                 f"or to shuffle; set it to false"
             )
-        if self.evaluation.context_gain and not held_out:
-            raise ValueError("evaluation.context_gain is true and evaluation.splits is empty: nothing is measured")
         if self.data.mixture and self.data.path and not (held_out or self.data.validation_split or self.data.build):
             raise ValueError(
                 f"data.path ({self.data.path}) is not trained on beside data.mixture, and nothing is held out: list it "

@@ -156,7 +156,6 @@ def test_a_batch_the_workers_cannot_share_is_refused_with_the_nearest_that_they_
     [
         (["model.guidance.mode=none"], r"model\.guidance\.mode: none there is no context"),
         (["model.guidance.context=own"], r"model\.guidance\.context: own there is no context"),
-        (["evaluation.splits=[]"], r"evaluation\.splits is empty: nothing is measured"),
     ],
 )
 def test_a_context_gain_that_cannot_be_measured_is_refused(tmp_path: Path, overrides: list[str], message: str) -> None:

@@ -192,7 +192,8 @@ class Recorder(Callback):
         if rank == CONFIG["rank"] or rank == -1:
             os.kill(os.getpid(), number)
         if state.global_step == self.limit_file_size_after:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (3000, resource.RLIM_INFINITY))
+            # Less than a checkpoint's fragments (6.8 kB), more than this record of the few steps that follow (3 kB).
+            resource.setrlimit(resource.RLIMIT_FSIZE, (5000, resource.RLIM_INFINITY))
 
     def may_signal(self) -> bool:
         """The file that signals wait for is there, with what it begins with."""
