@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from benchmarks.golden_loss import GoldenStep, first_difference, golden_shape, small, trajectory
 from benchmarks.train import first_step
 from benchmarks.train.checkpoint_stall import save_while_training
-from benchmarks.train.counts import LiveBytes, count_step
+from benchmarks.train.counts import count_step
 from benchmarks.train.data_wait import data_wait, write_set
 from benchmarks.train.loops import ROWS, OurLoop, Setting
 from benchmarks.train.measure import active
@@ -21,6 +21,7 @@ from benchmarks.train.report import table_text
 from benchmarks.train.run import DEFAULT_PEERS, EXTRAS, Selection, run_on_gpu
 from benchmarks.train.samples import draw_step
 from benchmarks.train.shapes import SHAPES
+from samtrain.model.live_bytes import LiveBytes
 
 TINY, CPU = SHAPES["tiny"], torch.device("cpu")
 
