@@ -73,9 +73,10 @@ def count_step(model: SamMllmForConditionalGeneration, batch: PackedBatch) -> in
     """Peak bytes of forward and backward of a model on the meta device, whose tensors become fake ones."""
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
-    mode, live = FakeTensorMode(allow_non_fake_inputs=True), LiveBytes()
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
     with mode:
         make_fake(model, torch.device("cpu"))
+    live = LiveBytes(given=[*model.parameters(), *model.buffers()])
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.register_post_accumulate_grad_hook(_let_go)

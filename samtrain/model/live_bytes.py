@@ -15,12 +15,18 @@ from torch.utils._pytree import tree_iter
 
 
 class LiveBytes(TorchDispatchMode):
-    """Bytes of all storages that operations have made and that are still referred to."""
+    """Bytes of all storages that operations have made and that are still referred to.
 
-    def __init__(self) -> None:
+    Args:
+        given: tensors that were there before. Their storages do not count, whatever views are made of them: a linear
+            layer makes one of its weight, which would count as long as the backward pass needs it.
+    """
+
+    def __init__(self, given: Iterable[Tensor] = ()) -> None:
         super().__init__()
         self.live = self.peak = 0
-        self._known: set[int] = set()
+        self._given = list(given)  # held, so that no address is used twice
+        self._known = {tensor.untyped_storage()._cdata for tensor in self._given}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))

@@ -45,7 +45,7 @@ def of_a_real_pass(recipe: Recipe, batch: PackedBatch) -> int:
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
-    with LiveBytes() as live:
+    with LiveBytes(given=[*model.parameters(), *model.buffers()]) as live:
         model(**batch.model_inputs()).loss_sum.backward()
     given = [v for v in batch.model_inputs().values() if isinstance(v, torch.Tensor)]
     given += list(vars(batch.image_groups).values())
