@@ -1,11 +1,11 @@
 """What DeepSpeed ZeRO-3 holds on each GPU, and on the host, from the parameters alone: arithmetic, not measured.
 
-Read off deepspeed 0.19.8 as `zero.py` sets it up, for W workers and a trainable parameter of n elements:
+Of deepspeed 0.19.8 as `zero.py` sets it up (a test compares with what two processes hold), for W workers and a trainable parameter of n elements:
 
     weights     n / W in the run's precision, on every rank; frozen towers whole where they are replicated
     gathered    whole parameters that are in use, are fetched ahead, or are small enough to stay; two buckets of gradients
     gradients   n / W in float32
-    optimizer   n / W times three in float32: master copy and two moments (two in float32 runs: weights are the master)
+    optimizer   n / W times three in float32: master copy and two moments, in float32 runs too
     update      a float32 copy of one group's gradients, when activations are gone
 
 `offload: optimizer` has gradients and optimizer on the host, and the gradients there twice; `all` has the weights there
@@ -88,8 +88,7 @@ def memory(
     live = small + min(split - small, max_live_elements) if is_copied else 0.0
     buckets = 2.0 * bucket_elements if trainable else 0.0  # the gradients' bucket, and its reduction
     gradients = 4.0 * trainable / world_size
-    has_own_master = weight_bytes < 4 or offload != "none"
-    optimizer = (12.0 if has_own_master else 8.0) * trainable / world_size
+    optimizer = 12.0 * trainable / world_size
     on_host = 0.0
     if offload != "none":
         on_host += 2 * gradients + optimizer
