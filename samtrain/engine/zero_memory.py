@@ -1,11 +1,12 @@
 """What DeepSpeed ZeRO-3 holds on each GPU, and on the host, from the parameters alone: arithmetic, not measured.
 
-Of deepspeed 0.19.8 as `zero.py` sets it up (a test compares with what two processes hold), for W workers and a trainable parameter of n elements:
+Of deepspeed 0.19.8 as `zero.py` sets it up (a test compares with what two processes hold), for W workers and a
+parameter of n elements:
 
-    weights     n / W in the run's precision, on every rank; frozen towers whole where they are replicated
-    gathered    whole parameters that are in use, are fetched ahead, or are small enough to stay; two buckets of gradients
-    gradients   n / W in float32
-    optimizer   n / W times three in float32: master copy and two moments, in float32 runs too
+    weights     n / W in the run's precision; frozen towers whole on every rank where they are replicated
+    gathered    whole parameters that are in use, fetched ahead, or small enough to stay; two buckets of gradients
+    gradients   of what trains, n / W in float32
+    optimizer   of what trains, n / W times three in float32: master copy and two moments, in float32 runs too
     update      a float32 copy of one group's gradients, when activations are gone
 
 `offload: optimizer` has gradients and optimizer on the host, and the gradients there twice; `all` has the weights there

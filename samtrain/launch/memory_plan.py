@@ -76,7 +76,10 @@ def plan_memory(recipe: Recipe, *, emit: Emit) -> MemoryPlan:
     processor = build_processor(recipe.model, image_size=recipe.data.image_size)
     batch = largest_pack(open_training_set(recipe.data), processor, recipe.data)
     activations = count_activations(
-        recipe.model, batch, dtype=DTYPES[recipe.train.precision], gradient_checkpointing=recipe.train.gradient_checkpointing
+        recipe.model,
+        batch,
+        dtype=DTYPES[recipe.train.precision],
+        gradient_checkpointing=recipe.train.gradient_checkpointing,
     )
     parameters = parameters_in(build_empty(recipe.model))
     own = recipe.launch.num_workers
@@ -141,7 +144,10 @@ def _notes(recipe: Recipe, plan: MemoryPlan) -> list[list[str]]:
             f"{SHARE_ALLOWANCE:.0%} and {FIXED_ALLOWANCE / 1e9:g} GB more would fit (GB are 10^9 bytes)",
         ],
         ["activations", f"of the largest pack: {plan.counted}; no number of workers changes them"],
-        ["zero", f"frozen towers {zero.frozen_towers}, offload {zero.offload}; host is of each worker, all kinds of it"],
+        [
+            "zero",
+            f"frozen towers {zero.frozen_towers}, offload {zero.offload}; host is of each worker, all kinds of it",
+        ],
     ]
     if uneven:
         numbers = ", ".join(map(str, uneven))

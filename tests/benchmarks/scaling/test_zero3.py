@@ -6,8 +6,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-
 from benchmarks.scaling.zero3 import kept_over_the_turn, padded, volumes
 from samtrain.engine.zero_memory import Parameter
 
