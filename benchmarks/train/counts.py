@@ -57,7 +57,7 @@ def count_step(row: Row, setting: Setting, data: StepData) -> StepCounts:
         loop.activate()
     weights = storage_bytes(loop.module.parameters())
     optimizer = loop.engine.optimizer.num_bytes()
-    watch, live = Watch(), LiveBytes()
+    watch, live = Watch(), LiveBytes(given=[*loop.module.parameters(), *loop.module.buffers()])
     peak = 0
     # Fake tensors choose as the CPU does: its flash attention saves what the GPU's saves.
     kernels = sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.MATH])
