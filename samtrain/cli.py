@@ -44,7 +44,7 @@ def plan(
     """
     from samtrain.launch.cli import main as launch
 
-    raise typer.Exit(launch([str(recipe), *(overrides or []), "--dry-run", *(["--memory"] if memory else [])]))
+    raise typer.Exit(launch([str(recipe), *(overrides or []), "--memory" if memory else "--dry-run"]))
 
 
 @data_app.command("build-mini")
