@@ -32,11 +32,19 @@ def main() -> None:
 
 
 @app.command()
-def plan(recipe: Path, overrides: Annotated[list[str] | None, typer.Argument(help="key=value")] = None) -> None:
-    """Check a recipe and its data and show the plan of the run; nothing is trained."""
+def plan(
+    recipe: Path,
+    overrides: Annotated[list[str] | None, typer.Argument(help="key=value")] = None,
+    memory: Annotated[bool, typer.Option("--memory", help="also predict memory: how many GPUs are needed")] = False,
+) -> None:
+    """Check a recipe and its data and show the plan of the run; nothing is trained.
+
+    With --memory also what each of 1 to 64 GPUs would hold, computed from shapes and the largest pack of the data: no
+    GPU has confirmed it.
+    """
     from samtrain.launch.cli import main as launch
 
-    raise typer.Exit(launch([str(recipe), *(overrides or []), "--dry-run"]))
+    raise typer.Exit(launch([str(recipe), *(overrides or []), "--memory" if memory else "--dry-run"]))
 
 
 @data_app.command("build-mini")

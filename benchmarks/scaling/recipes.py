@@ -6,17 +6,17 @@ and deals are the loader's own.
 
 import functools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from benchmarks.scaling.parts import PARTS, PartSeconds
-from benchmarks.scaling.zero3 import Parameter
 from benchmarks.train.lengths import Lengths, Text, draw
 from benchmarks.train.shapes import ModelShape, Train, trains
 from samtrain.data.packing import Pack, SampleSize, deal
+from samtrain.engine.zero_memory import Parameter
+from samtrain.launch.memory_plan import parameters_in
 from samtrain.model.flops import FlopCounter
-from samtrain.model.freezing import part_of
 
 
 @dataclass(frozen=True)
@@ -59,17 +59,7 @@ def parameters_of(recipe: Recipe, *, replicate_frozen: bool = False) -> list[Par
         with meta:
             attach_lora(model, options.lora)
     apply_freezing(model, options)
-    found = []
-    for name, p in model.named_parameters():
-        # A frozen embedding has no input to send a gradient to.
-        has_backward = part_of(name) != "vision" and (p.requires_grad or "embed" not in name)
-        found.append(
-            Parameter(
-                p.numel(), part_of(name), p.requires_grad, has_backward,
-                is_replicated=replicate_frozen and not p.requires_grad,
-            )
-        )  # fmt: skip
-    return found
+    return [replace(p, is_replicated=replicate_frozen and not p.is_trainable) for p in parameters_in(model)]
 
 
 class Workload:

@@ -8,7 +8,8 @@ from benchmarks.scaling.network import Network
 from benchmarks.scaling.parts import FORWARD_SHARE, PARTS, PartSeconds
 from benchmarks.scaling.recipes import RankWork, Recipe, Workload, parameters_of, slowest, total_seconds
 from benchmarks.scaling.simulate import Bucket, Timeline, simulate
-from benchmarks.scaling.zero3 import Parameter, is_gathered, kept_over_the_turn, memory, volumes
+from benchmarks.scaling.zero3 import is_gathered, kept_over_the_turn, volumes
+from samtrain.engine.zero_memory import Parameter, memory
 
 WORLD_SIZES = (8, 16, 32, 64, 128, 256, 512, 1024)
 SAMPLES_PER_GPU = 16  # the recipes' 128 on 8 GPUs

@@ -1,4 +1,4 @@
-"""What DeepSpeed ZeRO-3 moves and holds, from the parameters alone (tests/benchmarks compares with DeepSpeed itself).
+"""What DeepSpeed ZeRO-3 moves, from the parameters alone (tests/benchmarks compares with DeepSpeed itself).
 
 In every micro-batch: each partitioned parameter is gathered for the forward pass, and again for the backward pass
 where its module has one; the gradients of what trains are reduce-scattered. Frozen parameters are never reduced.
@@ -11,19 +11,7 @@ A parameter of n elements takes W * ceil(n / W) elements on the wire.
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-
-@dataclass(frozen=True)
-class Parameter:
-    """In the order in which the forward pass needs them.
-
-    has_backward: its module's backward pass needs it whole. is_replicated: every rank keeps it (frozen towers).
-    """
-
-    numel: int
-    part: str
-    is_trainable: bool
-    has_backward: bool
-    is_replicated: bool = False
+from samtrain.engine.zero_memory import Parameter
 
 
 @dataclass(frozen=True)
@@ -76,49 +64,3 @@ def kept_over_the_turn(parameters: Sequence[Parameter], *, persistence_threshold
             break
         kept.add(id(p))
     return kept
-
-
-@dataclass(frozen=True)
-class Memory:
-    """Bytes of one GPU."""
-
-    weights: float
-    gathered: float
-    gradients: float
-    optimizer: float
-    activations: float
-
-    @property
-    def total(self) -> float:
-        return self.weights + self.gathered + self.gradients + self.optimizer + self.activations
-
-
-def memory(
-    parameters: Sequence[Parameter],
-    *,
-    world_size: int,
-    activations: float,
-    max_live_elements: float,
-    bucket_elements: float,
-    secondary_size: int | None = None,
-) -> Memory:
-    """bf16 weights; float32 gradients, master copies and moments of what trains.
-
-    Args:
-        secondary_size: ranks over which a second copy of all partitioned weights is spread (ZeRO++ hpZ).
-    """
-    whole = sum(p.numel for p in parameters if p.is_replicated)
-    split = sum(p.numel for p in parameters if not p.is_replicated)
-    trainable = sum(p.numel for p in parameters if p.is_trainable)
-    weights = 2.0 * (whole + split / world_size)
-    if secondary_size and secondary_size < world_size:
-        weights += 2.0 * split / secondary_size
-    live = min(split, max_live_elements) if world_size > 1 else 0.0
-    buckets = 2.0 * bucket_elements if trainable else 0.0  # the gradients' bucket, and its reduction
-    return Memory(
-        weights=weights,
-        gathered=2.0 * live + buckets,
-        gradients=4.0 * trainable / world_size,
-        optimizer=12.0 * trainable / world_size,
-        activations=activations,
-    )

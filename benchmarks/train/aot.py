@@ -26,12 +26,12 @@ import typer
 
 from benchmarks.absent_gpu import CHIPS, Compiled, compiling_for
 from benchmarks.grid import grid
-from benchmarks.train.counts import make_fake
 from benchmarks.train.loops import OurLoop, make_ours
 from benchmarks.train.models import choices_for
 from benchmarks.train.run import Selection
 from benchmarks.train.shapes import SHAPES, ModelShape, Train
 from samtrain.core.versions import git_commit, versions
+from samtrain.model.live_bytes import make_fake
 
 OUT = Path(__file__).resolve().parents[1] / "results" / "aot-step.json"
 DEFAULT = ("7b/frozen/90", "7b/lora/90", "7b/full/90", "13b/frozen/90", "7b/frozen/80")

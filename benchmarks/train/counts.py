@@ -10,20 +10,18 @@ What the numbers of a batch decide (which labels count, how long rows are) is re
 """
 
 import contextlib
-import weakref
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_iter
 
 from benchmarks.kernels.counts import Watch
 from benchmarks.train.loops import Loop, Row, Setting, make_ours
 from benchmarks.train.samples import StepData
+from samtrain.model.live_bytes import LiveBytes, make_fake, storage_bytes
 
 
 @dataclass(frozen=True)
@@ -43,37 +41,6 @@ class StepCounts:
         return asdict(self)
 
 
-class LiveBytes(TorchDispatchMode):
-    """Bytes of all storages that operations have made and that are still referred to."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.live = self.peak = 0
-        self._known: set[int] = set()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        for tensor in tree_iter(out):
-            if isinstance(tensor, Tensor):
-                self.add(tensor)
-        return out
-
-    def add(self, tensor: Tensor) -> None:
-        storage = tensor.untyped_storage()
-        key = storage._cdata
-        if key in self._known:
-            return
-        size = storage.nbytes()
-        self._known.add(key)
-        self.live += size
-        self.peak = max(self.peak, self.live)
-        weakref.finalize(storage, self._gone, key, size)
-
-    def _gone(self, key: int, size: int) -> None:
-        self._known.discard(key)
-        self.live -= size
-
-
 def count_step(row: Row, setting: Setting, data: StepData) -> StepCounts:
     """Count one step of a row: every micro-batch, and the update."""
     from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -88,9 +55,9 @@ def count_step(row: Row, setting: Setting, data: StepData) -> StepCounts:
     with mode:
         make_fake(loop.module, setting.device)
         loop.activate()
-    weights = _storage_bytes(loop.module.parameters())
+    weights = storage_bytes(loop.module.parameters())
     optimizer = loop.engine.optimizer.num_bytes()
-    watch, live = Watch(), LiveBytes()
+    watch, live = Watch(), LiveBytes(given=[*loop.module.parameters(), *loop.module.buffers()])
     peak = 0
     # Fake tensors choose as the CPU does: its flash attention saves what the GPU's saves.
     kernels = sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.MATH])
@@ -99,7 +66,7 @@ def count_step(row: Row, setting: Setting, data: StepData) -> StepCounts:
             (loop.loss_sum(_fake(batch, mode)) / loop.num_labels).backward()
             peak = max(peak, live.peak)
     # The update: gradients in float32 of one piece at a time, beside those that are there.
-    gradients = _storage_bytes(p.grad for p in loop.module.parameters() if p.grad is not None)
+    gradients = storage_bytes(p.grad for p in loop.module.parameters() if p.grad is not None)
     widened = max((sum(4 * p.numel() for p in piece[0]) for piece in loop.engine.optimizer.pieces), default=0)
     during_update = gradients + widened
     return StepCounts(
@@ -112,30 +79,6 @@ def count_step(row: Row, setting: Setting, data: StepData) -> StepCounts:
         num_padded_tokens=loop.num_padded_tokens,
         num_micro_batches=len(loop.batches),
     )
-
-
-def make_fake(module: nn.Module, device: torch.device) -> None:
-    """Fake tensors on `device` in place of all parameters and buffers, tied ones once."""
-    made: dict[int, Tensor] = {}
-
-    def fake(tensor: Tensor) -> Tensor:
-        if id(tensor) not in made:
-            new = torch.empty(tensor.shape, dtype=tensor.dtype, device=device)
-            is_parameter = isinstance(tensor, nn.Parameter)
-            made[id(tensor)] = nn.Parameter(new, tensor.requires_grad) if is_parameter else new
-        return made[id(tensor)]
-
-    for child in module.modules():
-        members: list[dict[str, Any]] = [child._parameters, child._buffers]
-        for tensors in members:
-            for name, tensor in list(tensors.items()):
-                if tensor is not None:
-                    tensors[name] = fake(tensor)
-
-
-def _storage_bytes(tensors: Any) -> int:
-    storages = {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in tensors}
-    return sum(storages.values())
 
 
 def _fake(batch: Any, mode: FakeTensorMode) -> Any:

@@ -42,6 +42,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("recipe", type=Path, help="a YAML file, e.g. recipes/mini.yaml")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. train.learning_rate=1e-4")
     parser.add_argument("--dry-run", action="store_true", help="check everything, show the plan, stop before weights")
+    parser.add_argument("--memory", action="store_true", help="a dry run that also predicts the memory of each GPU")
     parser.add_argument("--print-config", action="store_true", help="print the resolved recipe and stop")
     parser.add_argument("--local", action="store_true", help="plain processes on this machine, without Ray")
     parser.add_argument("--address", help="of a Ray cluster (default: RAY_ADDRESS, else a Ray of this machine's own)")
@@ -56,7 +57,11 @@ def _launch(recipe: Recipe, arguments: argparse.Namespace, *, emit: Emit, worker
     where = "this machine, without Ray" if arguments.local else f"the Ray cluster at {address}" if address else None
     where = where or "this machine, a Ray of its own"
     plan = preflight(recipe, where=where, emit=emit, is_here=address is None)
-    if arguments.dry_run:
+    if arguments.dry_run or arguments.memory:
+        if arguments.memory:
+            from samtrain.launch.memory_plan import plan_memory
+
+            plan_memory(recipe, emit=emit)
         return EXIT_SUCCESS
     claim(plan.output)
     with StopRequest() as stop:

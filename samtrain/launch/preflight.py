@@ -64,22 +64,10 @@ def preflight(recipe: Recipe, *, where: str, emit: Emit, is_here: bool = True) -
 
 def _parameters(recipe: Recipe) -> dict[str, tuple[int, int]]:
     """Part -> (trainable, all) parameters, from shapes alone: a model without storage."""
-    import torch
-    from transformers.initialization import no_init_weights
+    from samtrain.model.build import build_empty
+    from samtrain.model.freezing import trainable_counts
 
-    from samtrain.model import SamMllmForConditionalGeneration
-    from samtrain.model.freezing import apply_freezing, trainable_counts
-    from samtrain.model.lora import attach_lora
-    from samtrain.model.parts import build_config
-
-    config = build_config(recipe.model)  # also checks that l and k are layers of the Q-Former
-    with torch.device("meta"):
-        with no_init_weights():
-            model = SamMllmForConditionalGeneration(config)
-        model.tie_weights()
-        if recipe.model.train.language_model == "lora":
-            attach_lora(model, recipe.model.train.lora)
-    apply_freezing(model, recipe.model.train)
+    model = build_empty(recipe.model)  # also checks that l and k are layers of the Q-Former
     counts = trainable_counts(model)
     if not any(trainable for trainable, _ in counts.values()):
         raise InputError("model.train: nothing trains; set guidance, qformer, projection, vision or language_model")

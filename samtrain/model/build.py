@@ -77,6 +77,29 @@ def build_model(
     return BuiltModel(model.eval(), plan.report, choices)
 
 
+def build_empty(options: ModelOptions, *, dtype: torch.dtype = torch.float32) -> SamMllmForConditionalGeneration:
+    """The model of a recipe from shapes alone, on the meta device: adapters attached, parts frozen, no weights.
+
+    Nothing that depends on the device is chosen.
+
+    Raises:
+        ConfigError: as `build_config`.
+    """
+    config = build_config(options)
+    if options.attn_implementation == "eager":
+        config._attn_implementation = "eager"
+    for part in (config, config.vision_config, config.qformer_config, config.text_config):
+        part.dtype = dtype
+    with torch.device("meta"), _default_dtype(dtype):
+        with no_init_weights():
+            model = SamMllmForConditionalGeneration(config)
+        model.tie_weights()
+        if options.train.language_model == "lora":
+            attach_lora(model, options.train.lora)
+    apply_freezing(model, options.train)
+    return model
+
+
 @torch.no_grad()
 def initialise(model: PreTrainedModel, *, seed: int, loaded: set[str], gather: Gather) -> None:
     """Draw the parameters of every module that is not wholly in `loaded`, by the rules of the model it belongs to."""

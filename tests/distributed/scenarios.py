@@ -450,6 +450,36 @@ def refusals(*, output_dir):
     return messages
 
 
+def held(options: dict) -> dict[str, float]:
+    """Bytes that DeepSpeed holds on this rank after a step, each storage once, and what `zero_memory` says."""
+    from samtrain.engine import zero
+    from samtrain.engine.zero_memory import Parameter, memory_of_run
+
+    options, device = TrainOptions.model_validate(options), torch.device("cpu")
+    zero.init_distributed(device)
+    with zero.partitioned_construction(options, device=device)():
+        model = TinyModel()
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(not name.startswith("tower"))
+    groups = build_parameter_groups(model.named_parameters(), options, lambda name: "projection")
+    engine = zero.initialize(model, options=options, parameter_groups=groups, device=device)
+    engine.backward(engine.forward(pack(1, [engine.rank])).loss_sum, is_last=True)
+    tensors = {"weights": [p.ds_tensor for p in model.parameters()]}
+    tensors["gradients"] = [engine._zero.grad_partitions_flat_buffer]
+    masters = engine._zero.fp32_partitioned_groups_flat
+    states = [engine._zero.optimizer.state[flat][name] for flat in masters for name in ("exp_avg", "exp_avg_sq")]
+    tensors["optimizer"] = [*masters, *states]
+    tensors["gradients"] += [flat.grad for flat in masters if flat.grad is not None]
+    seen, found = set(), {}
+    for kind, some in tensors.items():
+        new = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in some}
+        found[kind] = sum(size for storage, size in new.items() if storage not in seen)
+        seen |= set(new)
+    parameters = [Parameter(p.ds_numel, "", p.requires_grad, True) for p in model.parameters()]
+    said = memory_of_run(parameters, options, world_size=engine.world_size, activations=0.0)
+    return {"found": found, "said": vars(said)}
+
+
 def main() -> None:
     rank, folder = CONFIG["rank"], Path(CONFIG["folder"])
     log = os.open(folder / f"log-{rank}.txt", os.O_CREAT | os.O_WRONLY | os.O_APPEND)
@@ -460,9 +490,8 @@ def main() -> None:
         MASTER_PORT=str(CONFIG["port"]), LOCAL_SIZE=str(CONFIG["world_size"]),
     )  # fmt: skip
     try:
-        result = {"train": train, "oracle": oracle, "refusals": refusals, "multimodal": multimodal}[CONFIG["scenario"]](
-            **CONFIG["settings"]
-        )
+        scenarios = {"train": train, "oracle": oracle, "refusals": refusals, "multimodal": multimodal, "held": held}
+        result = scenarios[CONFIG["scenario"]](**CONFIG["settings"])
         (folder / f"result-{rank}.json").write_text(json.dumps(result))
         code = 0
     except SamtrainError as error:
