@@ -17,6 +17,8 @@ SHELL := /bin/bash
 PYTHON ?= python3
 PIP_ARGS ?=
 PYTEST_ARGS ?=
+# Whole files of tests are dealt to so many processes, 0: to none. Many tests start two processes of their own.
+TEST_PROCESSES ?= 2
 RECIPE ?= recipes/mini.yaml
 ARGS ?=
 PORT ?= 5000
@@ -46,7 +48,8 @@ train: $(INSTALLED)
 	$(BIN)/python -m samtrain.launch $(RECIPE) $(ARGS)
 
 test: $(INSTALLED_DEV)
-	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} HF_HUB_OFFLINE=1 $(BIN)/python -m pytest $(PYTEST_ARGS)
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} HF_HUB_OFFLINE=1 $(BIN)/python -m pytest \
+		-n $(TEST_PROCESSES) --dist loadfile $(PYTEST_ARGS)
 
 check: $(INSTALLED_DEV)
 	$(BIN)/ruff check .

@@ -60,6 +60,7 @@ setup(
         "dev": [
             "pytest>=9.2",
             "pytest-timeout",
+            "pytest-xdist",
             "ruff",
             "mypy",
             "types-PyYAML",
