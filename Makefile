@@ -17,7 +17,7 @@ SHELL := /bin/bash
 PYTHON ?= python3
 PIP_ARGS ?=
 PYTEST_ARGS ?=
-# Whole files of tests are dealt to so many processes, 0: to none. Many tests start two processes of their own.
+# Tests are dealt to so many processes, file by file; tests/conftest.py says what is never run beside each other.
 TEST_PROCESSES ?= 2
 RECIPE ?= recipes/mini.yaml
 ARGS ?=
@@ -49,7 +49,7 @@ train: $(INSTALLED)
 
 test: $(INSTALLED_DEV)
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} HF_HUB_OFFLINE=1 $(BIN)/python -m pytest \
-		-n $(TEST_PROCESSES) --dist loadfile $(PYTEST_ARGS)
+		-n $(TEST_PROCESSES) --dist loadgroup $(PYTEST_ARGS)
 
 check: $(INSTALLED_DEV)
 	$(BIN)/ruff check .
