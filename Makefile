@@ -17,8 +17,6 @@ SHELL := /bin/bash
 PYTHON ?= python3
 PIP_ARGS ?=
 PYTEST_ARGS ?=
-# Tests are dealt to so many processes, file by file; tests/conftest.py says what is never run beside each other.
-TEST_PROCESSES ?= 2
 RECIPE ?= recipes/mini.yaml
 ARGS ?=
 PORT ?= 5000
@@ -48,8 +46,7 @@ train: $(INSTALLED)
 	$(BIN)/python -m samtrain.launch $(RECIPE) $(ARGS)
 
 test: $(INSTALLED_DEV)
-	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} HF_HUB_OFFLINE=1 $(BIN)/python -m pytest \
-		-n $(TEST_PROCESSES) --dist loadgroup $(PYTEST_ARGS)
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} HF_HUB_OFFLINE=1 $(BIN)/python -m pytest $(PYTEST_ARGS)
 
 check: $(INSTALLED_DEV)
 	$(BIN)/ruff check .

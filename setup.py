@@ -60,7 +60,6 @@ setup(
         "dev": [
             "pytest>=9.2",
             "pytest-timeout",
-            "pytest-xdist",
             "ruff",
             "mypy",
             "types-PyYAML",

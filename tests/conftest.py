@@ -1,21 +1,9 @@
-"""Which tests may run beside each other, and a whole run in seconds: recipe, data and tokenizer."""
+"""A whole run in seconds, for tests that start one from outside: recipe, data and tokenizer."""
 
 import textwrap
 from pathlib import Path
 
 import pytest
-
-ALONE = ("cluster", "distributed", "integration", "launch", "tracking")
-"""Folders whose tests start two processes, Ray or servers, and wait for them: with pytest-xdist one of all these at a
-time, beside one of the others. Files of the others stay together: their tests share what their modules make."""
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    here = Path(__file__).parent
-    for item in items:
-        path = item.path.relative_to(here) if item.path.is_relative_to(here) else item.path
-        item.add_marker(pytest.mark.xdist_group("processes" if path.parts[0] in ALONE else str(path)))
-
 
 def _save_word_tokenizer(folder: Path) -> None:
     from tokenizers import Tokenizer, models, pre_tokenizers
