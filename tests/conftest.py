@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+
 def _save_word_tokenizer(folder: Path) -> None:
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
