@@ -21,7 +21,7 @@ from samtrain.engine.options import TrainOptions
 
 MAX_LIVE_ELEMENTS = 1_000_000_000  # DeepSpeed's stage3_max_live_parameters
 SUB_GROUP_ELEMENTS = 1_000_000_000  # DeepSpeed's sub_group_size: the update goes through as many elements at a time
-CHECKPOINT_COPY_BYTES = 12
+CHECKPOINT_COPY_BYTES = 12  # of what trains: the master copy and AdamW's two moments, in float32
 
 
 @dataclass(frozen=True)

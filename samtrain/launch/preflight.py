@@ -12,14 +12,13 @@ from typing import TYPE_CHECKING
 from samtrain.core.errors import ConfigError, InputError
 from samtrain.core.events import Emit, message
 from samtrain.data.storage import Url, parse_location
+from samtrain.engine.zero_memory import CHECKPOINT_COPY_BYTES
 from samtrain.launch.output_dir import OutputDir, resolve_output_dir
 from samtrain.recipe import Recipe
 
 if TYPE_CHECKING:
     from samtrain.data.mixture import SampleSet
 
-# A checkpoint holds the master copy and AdamW's two moments, in float32, of what trains.
-_CHECKPOINT_BYTES_PER_PARAMETER = 12
 _PRECISION_BYTES = {"bf16": 2, "fp32": 4}
 
 
@@ -114,7 +113,7 @@ def _disk_row(recipe: Recipe, output: OutputDir, parameters: dict[str, tuple[int
     """Checkpoints that are kept, one being written, the best one, the exported model (and its copy when tracked)."""
     trainable, total = (sum(counts[i] for counts in parameters.values()) for i in (0, 1))
     exports = 2 if recipe.tracking.log_model else 1
-    needed = trainable * _CHECKPOINT_BYTES_PER_PARAMETER * (recipe.train.save_total_limit + 2)
+    needed = trainable * CHECKPOINT_COPY_BYTES * (recipe.train.save_total_limit + 2)
     needed += total * _PRECISION_BYTES[recipe.train.precision] * exports
     existing = next(folder for folder in (output.path.absolute(), *output.path.absolute().parents) if folder.exists())
     free = shutil.disk_usage(existing).free
@@ -129,7 +128,7 @@ def _disk_row(recipe: Recipe, output: OutputDir, parameters: dict[str, tuple[int
 def _host_memory_row(recipe: Recipe, parameters: dict[str, tuple[int, int]]) -> list[str]:
     """What saving while training goes on costs; beside the same again where `train.zero.offload` is not none."""
     trainable = sum(count for count, _ in parameters.values())
-    size = trainable * _CHECKPOINT_BYTES_PER_PARAMETER / recipe.launch.num_workers
+    size = trainable * CHECKPOINT_COPY_BYTES / recipe.launch.num_workers
     return ["checkpoint copy", f"{_gib(size)} of host memory a worker, from which saves are written in the background"]
 
 
